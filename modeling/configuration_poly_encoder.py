@@ -1,0 +1,192 @@
+# Copyright 2026 The poly-encoders authors.
+# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
+"""Configuration of a Poly-encoder: Humeau et al., "Poly-encoders", ICLR 2020, arXiv:1905.01969.
+
+This file travels to the Hub beside the weights, so it imports the standard library, torch and transformers only.
+"""
+
+import copy
+import dataclasses
+import difflib
+import math
+from typing import Any, Literal
+
+from transformers import AutoConfig, BertConfig, PreTrainedConfig
+from transformers.configuration_utils import strict  # huggingface_hub's, by way of transformers
+
+
+def _delegated(name: str) -> property:
+    """A property that reads the context encoder's `name` and sets it on both encoders."""
+
+    def read(config: "PolyEncoderConfig") -> Any:
+        return getattr(config.context_encoder.get_text_config(), name)
+
+    def write(config: "PolyEncoderConfig", value: Any) -> None:
+        for encoder in (config.context_encoder, config.candidate_encoder):
+            if encoder is not None:
+                setattr(encoder.get_text_config(), name, value)
+
+    return property(read, write)
+
+
+@strict
+class PolyEncoderConfig(PreTrainedConfig):
+    r"""Configuration of a [`PolyEncoderModel`].
+
+    Args:
+        context_encoder (`PreTrainedConfig` or `dict`, *optional*, defaults to `BertConfig()`):
+            The backbone that reads the context. A `dict` names its family in `model_type`.
+        candidate_encoder (`PreTrainedConfig` or `dict`, *optional*):
+            The backbone that reads a candidate, as wide as the context's. A copy of `context_encoder` when left out;
+            `None` when `share_encoders=True`.
+        share_encoders (`bool`, defaults to `False`):
+            One backbone for both sides. The paper's encoders are separate (section 4.1).
+        context_vectors (`str`, defaults to `"learnt_codes"`):
+            How a context becomes m vectors (section 4.4): `"learnt_codes"`, m learnt queries that attend over all
+            hidden states; `"first_m"` and `"last_m"`, the first or last m hidden states; `"first_and_last_m"`, the last
+            m and the first one, m + 1 vectors in all.
+        num_codes (`int`, defaults to 64):
+            m, the number of context vectors, for all four kinds. At least 1.
+        candidate_vector (`str`, defaults to `"mean"`):
+            How a candidate becomes one vector (section 4.2): `"first"` hidden state, `"mean"` of all,
+            or `"first_m_mean"`, the mean of the first m (`num_codes`).
+        code_attention, final_attention (`str`, defaults to `"basic"`):
+            Attention of the codes over the context, and of the candidate over the context vectors: `"basic"` takes
+            dot products as they are, `"sqrt"` divides them by the square root of the width.
+        output_scaling (`float`, defaults to 1.0):
+            A factor on the hidden states of both backbones. The paper's models use 0.06.
+        code_std (`float`, defaults to 0.05):
+            Standard deviation of new codes. Near zero, so that a fresh model attends evenly, and on a mean-pooled
+            checkpoint ranks as that checkpoint does.
+        max_context_length, max_candidate_length (`int`, *optional*):
+            Tokens kept of a context (its last) and of a candidate (its first). All that the backbones and the
+            tokenizer allow when left out. The paper keeps 360 and 72.
+        turn_separator (`str`, defaults to `"\n"`):
+            The text put between the turns of a conversation.
+
+    Raises:
+        StrictDataclassFieldValidationError: a value of the wrong type, or not among those listed.
+        StrictDataclassClassValidationError: a value out of range, or encoders of different widths.
+
+    Example:
+        >>> PolyEncoderConfig(num_codes=16, hidden_size=32, num_attention_heads=4).num_context_vectors
+        16
+    """
+
+    model_type = "poly-encoder"
+    sub_configs = {"context_encoder": AutoConfig, "candidate_encoder": AutoConfig}  # noqa: RUF012  (upstream's form)
+
+    context_encoder: PreTrainedConfig | dict | None = None
+    candidate_encoder: PreTrainedConfig | dict | None = None
+    share_encoders: bool = False
+    context_vectors: Literal["learnt_codes", "first_m", "last_m", "first_and_last_m"] = "learnt_codes"
+    num_codes: int = 64
+    candidate_vector: Literal["first", "mean", "first_m_mean"] = "mean"
+    code_attention: Literal["basic", "sqrt"] = "basic"
+    final_attention: Literal["basic", "sqrt"] = "basic"
+    output_scaling: int | float = 1.0
+    code_std: int | float = 0.05
+    max_context_length: int | None = None
+    max_candidate_length: int | None = None
+    turn_separator: str = "\n"
+
+    # What transformers and DeepSpeed read of any configuration; a value set here reaches both encoders.
+    hidden_size = _delegated("hidden_size")
+    num_attention_heads = _delegated("num_attention_heads")
+    num_hidden_layers = _delegated("num_hidden_layers")
+    vocab_size = _delegated("vocab_size")
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self._refuse_misspelt(kwargs)
+        self.context_encoder = _resolve_encoder(self.context_encoder, "context_encoder") or BertConfig()
+        self.candidate_encoder = _resolve_encoder(self.candidate_encoder, "candidate_encoder")
+        if self.candidate_encoder is None and not self.share_encoders:
+            self.candidate_encoder = copy.deepcopy(self.context_encoder)
+        super().__post_init__(**kwargs)
+
+    @property
+    def num_context_vectors(self) -> int:
+        """Vectors a context becomes: m, or m + 1 for `"first_and_last_m"`."""
+        return self.num_codes + (self.context_vectors == "first_and_last_m")
+
+    @classmethod
+    def own_fields(cls) -> frozenset[str]:
+        """Names of the fields that this class adds to `PreTrainedConfig`'s."""
+        inherited = {field.name for field in dataclasses.fields(PreTrainedConfig)}
+        return frozenset(field.name for field in dataclasses.fields(cls)) - inherited
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "PolyEncoderConfig":
+        """As upstream's, but refuses the configuration of another architecture, which upstream loads with a warning.
+
+        Raises:
+            ValueError: `model_type` is there and is not `"poly-encoder"`.
+        """
+        model_type = config_dict.get("model_type")
+        if model_type not in (None, cls.model_type):
+            raise ValueError(
+                f"This is a checkpoint of the architecture {model_type!r}; PolyEncoderModel loads {cls.model_type!r}. "
+                "To build a Poly-encoder on such a backbone, use PolyEncoderModel.from_encoders_pretrained(path) or "
+                "poly_encoders.PolyEncoder(path)."
+            )
+        return super().from_dict(config_dict, **kwargs)
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
+        """The context encoder's configuration, which stands for the text side wherever transformers asks for one."""
+        return self.context_encoder.get_text_config(decoder=decoder, encoder=encoder)
+
+    def validate_num_codes(self) -> None:
+        if isinstance(self.num_codes, bool) or self.num_codes < 1:
+            raise ValueError(
+                f"num_codes must be a whole number of at least 1, got {self.num_codes!r}. "
+                "A model without context vectors is a Bi-encoder: use poly_encoders.BiEncoder."
+            )
+
+    def validate_factors(self) -> None:
+        if not (math.isfinite(self.output_scaling) and self.output_scaling > 0):
+            raise ValueError(f"output_scaling must be a positive finite number, got {self.output_scaling!r}.")
+        if not (math.isfinite(self.code_std) and self.code_std >= 0):
+            raise ValueError(f"code_std must be a finite number of at least 0, got {self.code_std!r}.")
+
+    def validate_lengths(self) -> None:
+        for name in ("max_context_length", "max_candidate_length"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or value < 1):
+                raise ValueError(f"{name} must be at least 1 token, or None for no limit of its own, got {value!r}.")
+
+    def validate_encoders(self) -> None:
+        if self.share_encoders:
+            if self.candidate_encoder is not None:
+                raise ValueError(
+                    "share_encoders=True means one encoder, but a candidate_encoder was given as well. "
+                    "Leave candidate_encoder out, or set share_encoders=False."
+                )
+            return
+        widths = [config.get_text_config().hidden_size for config in (self.context_encoder, self.candidate_encoder)]
+        if widths[0] != widths[1]:
+            raise ValueError(
+                f"The context encoder is {widths[0]} wide, the candidate encoder {widths[1]}; their vectors are "
+                "multiplied, so the widths must be equal. Choose two backbones with the same hidden_size."
+            )
+
+    def _refuse_misspelt(self, kwargs: dict[str, Any]) -> None:
+        # transformers keeps any unknown keyword as an attribute, so a misspelt one would silently do nothing.
+        for name in kwargs:
+            if close := difflib.get_close_matches(name, self.own_fields(), n=1, cutoff=0.85):
+                raise ValueError(f"PolyEncoderConfig has no option {name!r}. Did you mean {close[0]!r}?")
+
+
+def _resolve_encoder(encoder: Any, name: str) -> PreTrainedConfig | None:
+    if encoder is None or isinstance(encoder, PreTrainedConfig):
+        return encoder
+    options = dict(encoder)
+    model_type = options.pop("model_type", None)
+    if model_type is None:
+        raise ValueError(
+            f"{name} is a dict without 'model_type', so its family is unknown. Add it, e.g. "
+            f'{name}={{"model_type": "bert", ...}}, or pass a configuration object.'
+        )
+    return AutoConfig.for_model(model_type, **options)
+
+
+__all__ = ["PolyEncoderConfig"]

@@ -1,0 +1,539 @@
+# Copyright 2026 The poly-encoders authors.
+# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
+"""The Poly-encoder: Humeau et al., "Poly-encoders", ICLR 2020, arXiv:1905.01969, section 4.4.
+
+    y_i   = sum_j softmax_j(c_i . h_j) h_j      one context vector per learnt code c_i over the hidden states h
+    y(x)  = sum_i softmax_i(x . y_i) y_i        the candidate vector x attends over the context vectors
+    score = x . y(x)
+
+Departures: padding is masked out of every softmax, which the paper leaves implicit, and y(x) is never built, because
+with d_i = x . y_i the score is sum_i softmax(d)_i d_i.
+
+This file travels to the Hub beside the weights, so it imports the standard library, torch and transformers only.
+"""
+
+import contextlib
+import copy
+import inspect
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_TEXT_ENCODING_MAPPING,
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForTextEncoding,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutput, ModelOutput
+from transformers.utils import logging
+from transformers.utils.generic import can_return_tuple, maybe_autocast
+
+from .configuration_poly_encoder import PolyEncoderConfig
+
+logger = logging.get_logger(__name__)
+
+
+def poly_score(context: Tensor, candidates: Tensor, scale: float = 1.0) -> Tensor:
+    """Score every candidate against every context: `sum_i softmax(scale d)_i d_i` with `d_i = x . y_i`.
+
+    Args:
+        context: `(batch, m, dim)` context vectors. An all-zero vector is padding and takes no part.
+        candidates: `(n, dim)` candidate vectors shared by the batch, or `(batch, n, dim)`, a set per context.
+        scale: Factor on the dots inside the softmax: 1 for basic attention, `dim ** -0.5` for sqrt.
+
+    Returns:
+        `(batch, n)` scores: raw dot products, unbounded, comparable only within a row. They are computed and returned
+        in float32 (float64 for float64 inputs), under autocast as well: half precision would tie close candidates.
+
+    Raises:
+        ValueError: the shapes do not fit together.
+    """
+    _check_vectors(context, candidates)
+    with maybe_autocast(device_type=context.device.type, enabled=False):
+        dtype = torch.promote_types(torch.promote_types(context.dtype, candidates.dtype), torch.float32)
+        context, candidates = context.to(dtype), candidates.to(dtype)
+        equation = "bmd,nd->bnm" if candidates.dim() == 2 else "bmd,bnd->bnm"
+        dots = torch.einsum(equation, context, candidates)
+        padding = (context == 0).all(dim=-1)[:, None]  # (batch, 1, m)
+        weights = (dots * scale).masked_fill(padding, torch.finfo(dtype).min).softmax(dim=-1)
+        return (weights * dots).sum(dim=-1)
+
+
+def _check_vectors(context: Tensor, candidates: Tensor) -> None:
+    if context.dim() != 3 or candidates.dim() not in (2, 3):
+        raise ValueError(
+            f"Context vectors have shape {tuple(context.shape)}, candidate vectors {tuple(candidates.shape)}; expected "
+            "(batch, m, dim) and (n, dim) or (batch, n, dim). Encode contexts with get_context_features (encode_query) "
+            "and candidates with get_candidate_features (encode_document)."
+        )
+    if context.shape[-1] != candidates.shape[-1]:
+        raise ValueError(
+            f"Context vectors are {context.shape[-1]} wide, candidate vectors {candidates.shape[-1]}; they must match. "
+            "Encode both with one model, or rebuild the candidate cache."
+        )
+    if candidates.dim() == 3 and context.shape[0] != candidates.shape[0]:
+        raise ValueError(
+            f"There are {context.shape[0]} contexts but {candidates.shape[0]} sets of candidates. Pass one set per "
+            "context, (batch, n, dim), or one set for all of them, (n, dim)."
+        )
+
+
+@dataclass
+class PolyEncoderOutput(ModelOutput):
+    """What [`PolyEncoderModel`] returns; a field is `None` where its inputs or the request for it are missing.
+
+    Attributes:
+        loss: Scalar, float32. Cross-entropy of the labelled candidate among those scored with it.
+        scores: `(batch, n)`, float32. Raw, unbounded, comparable within a row.
+        context_vectors: `(batch, m, dim)`; all-zero vectors are padding.
+        candidate_vectors: `(n, dim)`, or `(batch, n, dim)` for candidates per context.
+        hidden_states, attentions: The context encoder's, one tensor a layer.
+        candidate_hidden_states, candidate_attentions: The candidate encoder's, `batch * n` rows for candidates per
+            context.
+    """
+
+    loss: Tensor | None = None
+    scores: Tensor | None = None
+    context_vectors: Tensor | None = None
+    candidate_vectors: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    candidate_hidden_states: tuple[Tensor, ...] | None = None
+    candidate_attentions: tuple[Tensor, ...] | None = None
+
+    @property
+    def last_hidden_state(self) -> NoReturn:
+        # sentence_transformers.SentenceTransformer asks for this when it is pointed at a Poly-encoder by mistake.
+        raise AttributeError(
+            "A Poly-encoder has no single vector per text to pool. Load it with poly_encoders.PolyEncoder(path) and "
+            "call encode_query or encode_document, not with sentence_transformers.SentenceTransformer(path)."
+        )
+
+
+class PolyEncoderModel(PreTrainedModel):
+    """Two backbones, m context vectors, one vector a candidate, and the attention between them as the score.
+
+    Args:
+        config: The configuration; the backbones are built from it with random weights.
+        context_encoder, candidate_encoder: Ready backbones to use instead, as `from_encoders_pretrained` does.
+    """
+
+    config_class = PolyEncoderConfig
+    base_model_prefix = "poly_encoder"
+    main_input_name = "input_ids"
+    input_modalities = ("text",)
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(
+        self,
+        config: PolyEncoderConfig,
+        context_encoder: PreTrainedModel | None = None,
+        candidate_encoder: PreTrainedModel | None = None,
+    ) -> None:
+        super().__init__(config)
+        self.context_encoder = self._adopt("context_encoder", context_encoder)
+        if not config.share_encoders:
+            # One registered module where encoders are shared: one set of weights in memory and in the file.
+            self.candidate_encoder = self._adopt("candidate_encoder", candidate_encoder)
+        if config.context_vectors == "learnt_codes":
+            self.codes = nn.Parameter(torch.empty(config.num_codes, config.hidden_size))
+        towers = (self.context_encoder, self.candidate_encoder)
+        self.supports_gradient_checkpointing = all(tower.supports_gradient_checkpointing for tower in towers)
+        self.post_init()
+
+    def _adopt(self, name: str, encoder: PreTrainedModel | None) -> PreTrainedModel:
+        if encoder is None:
+            encoder = _build_backbone(getattr(self.config, name))
+        # One configuration object for the tower and for our config's part, so that later changes reach both.
+        setattr(self.config, name, encoder.config)
+        return encoder
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self and self.config.context_vectors == "learnt_codes":
+            init.normal_(self.codes, mean=0.0, std=self.config.code_std)
+
+    @property
+    def candidate_encoder(self) -> PreTrainedModel:
+        """The backbone that reads candidates; the context's own where encoders are shared."""
+        return self._modules.get("candidate_encoder", self.context_encoder)  # type: ignore[return-value]
+
+    @property
+    def final_scale(self) -> float:
+        """Factor on the dots in the final attention's softmax; give it to `poly_score` for this model's vectors."""
+        return self._attention_scale(self.config.final_attention)
+
+    def _attention_scale(self, kind: Literal["basic", "sqrt"]) -> float:
+        return self.config.hidden_size**-0.5 if kind == "sqrt" else 1.0
+
+    @classmethod
+    def from_encoders_pretrained(
+        cls, context: str | os.PathLike[str], candidate: str | os.PathLike[str] | None = None, **kwargs: Any
+    ) -> "PolyEncoderModel":
+        """Build a Poly-encoder on two pre-trained backbones; only the codes are new.
+
+        Args:
+            context: Local folder or Hub id of the context's backbone.
+            candidate: The same for the candidate's. The context's when left out: the two start equal and are trained
+                apart, as in the paper, or are one with `share_encoders=True`.
+            **kwargs: Fields of [`PolyEncoderConfig`] (`num_codes=16`); all others go to both backbones'
+                `from_pretrained` (`revision`, `token`, `dtype`, `attn_implementation`, ...).
+
+        Returns:
+            The model, in evaluation mode. Train it: a fresh one only ranks as its backbones do.
+
+        Raises:
+            OSError: a checkpoint is not there.
+            ValueError: a candidate backbone together with `share_encoders=True`.
+        """
+        ours = {name: kwargs.pop(name) for name in PolyEncoderConfig.own_fields() & kwargs.keys()}
+        if ours.get("share_encoders") and candidate is not None:
+            raise ValueError("share_encoders=True takes one checkpoint; leave `candidate` out, or train two encoders.")
+        context_encoder = _load_backbone(context, **kwargs)
+        candidate_encoder = None
+        if not ours.get("share_encoders"):
+            same = candidate is None or candidate == context
+            candidate_encoder = copy.deepcopy(context_encoder) if same else _load_backbone(candidate, **kwargs)
+        config = PolyEncoderConfig(
+            context_encoder=context_encoder.config,
+            candidate_encoder=None if candidate_encoder is None else candidate_encoder.config,
+            **ours,
+        )
+        model = cls(config, context_encoder, candidate_encoder).to(context_encoder.device, context_encoder.dtype)
+        logger.warning_once("The codes of this Poly-encoder are new: train it before you rely on its scores.")
+        return model.eval()
+
+    # --- the two sides -------------------------------------------------------------------------------------------
+
+    def get_context_features(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor:
+        """Encode contexts.
+
+        Args:
+            input_ids: `(batch, length)` int64 token ids.
+            attention_mask: `(batch, length)`, 1 for a token and 0 for padding, on either side. All ones by default.
+            token_type_ids: `(batch, length)`; ignored by backbones that know none.
+            position_ids: `(batch, length)`; the backbone's own by default.
+            inputs_embeds: `(batch, length, embedding size)`, in place of `input_ids`.
+
+        Returns:
+            `(batch, m, dim)` context vectors; where a context has fewer than m tokens, the rest is all-zero.
+        """
+        inputs = _backbone_inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        return self.reduce_context(self.run_encoder("context", inputs).last_hidden_state, inputs["attention_mask"])
+
+    def get_candidate_features(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor:
+        """Encode candidates; arguments as for `get_context_features`, with `(n, length)`.
+
+        Returns:
+            `(n, dim)` candidate vectors. They depend on nothing else, so they can be kept.
+        """
+        inputs = _backbone_inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        return self.reduce_candidate(self.run_encoder("candidate", inputs).last_hidden_state, inputs["attention_mask"])
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        candidate_input_ids: Tensor | None = None,
+        candidate_attention_mask: Tensor | None = None,
+        candidate_token_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | list[int] | None = None,
+        return_dict: bool | None = None,
+    ) -> PolyEncoderOutput:
+        """Encode contexts, and candidates where given; score them, and take the loss where labels are given.
+
+        Args:
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds: The contexts, as for
+                `get_context_features`.
+            candidate_input_ids: `(n, length)`, shared by the batch, or `(batch, n, length)`, a set per context.
+            candidate_attention_mask, candidate_token_type_ids: Of the same shape as `candidate_input_ids`.
+            labels: `(batch,)` int64, the index of the right candidate in its row of scores.
+            output_attentions, output_hidden_states: Return those of both backbones; a list of layers keeps only theirs.
+            return_dict: `False` returns a plain tuple without the empty fields.
+
+        Raises:
+            ValueError: no contexts, labels without candidates, or shapes that do not fit.
+        """
+        options = self._output_options(output_attentions, output_hidden_states)
+        inputs = _backbone_inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        context = self.run_encoder("context", inputs, **options)
+        output = PolyEncoderOutput(
+            context_vectors=self.reduce_context(context.last_hidden_state, inputs["attention_mask"]),
+            hidden_states=context.hidden_states,
+            attentions=context.attentions,
+        )
+        if candidate_input_ids is None:
+            if labels is not None:
+                raise ValueError("labels name the right candidate, but no candidate_input_ids were given.")
+            return output
+
+        leading = candidate_input_ids.shape[:-1]  # (n,) or (batch, n)
+        flat = [
+            None if tensor is None else tensor.flatten(0, -2)
+            for tensor in (candidate_input_ids, candidate_attention_mask, candidate_token_type_ids)
+        ]
+        inputs = _backbone_inputs(*flat)
+        candidates = self.run_encoder("candidate", inputs, **options)
+        vectors = self.reduce_candidate(candidates.last_hidden_state, inputs["attention_mask"])
+        output.candidate_vectors = vectors.unflatten(0, leading)
+        output.candidate_hidden_states = candidates.hidden_states
+        output.candidate_attentions = candidates.attentions
+        output.scores = poly_score(output.context_vectors, output.candidate_vectors, self.final_scale)
+        if labels is not None:
+            output.loss = cross_entropy(output.scores, labels)
+        return output
+
+    def _output_options(self, attentions: bool | None, hidden_states: bool | list[int] | None) -> dict[str, Any]:
+        return {
+            "output_attentions": self.config.output_attentions if attentions is None else attentions,
+            "output_hidden_states": self.config.output_hidden_states if hidden_states is None else hidden_states,
+        }
+
+    def run_encoder(self, side: Literal["context", "candidate"], inputs: dict[str, Tensor], **options: Any) -> Any:
+        """One backbone's output for `inputs` of `input_ids`, `attention_mask`, ...; what it cannot take is left out.
+
+        `last_hidden_state`, `(n, length, dim)`, carries `output_scaling`.
+        """
+        encoder = self.context_encoder if side == "context" else self.candidate_encoder
+        accepted = _accepted_inputs(type(encoder))
+        if "position_ids" in accepted and "position_ids" not in inputs and _is_causal(encoder.config):
+            # Left padding must not move a causal model's positions; encoders count for themselves.
+            inputs = {**inputs, "position_ids": (inputs["attention_mask"].cumsum(dim=-1) - 1).clamp(min=0)}
+        if "use_cache" in accepted:
+            options["use_cache"] = False
+        output: BaseModelOutput = encoder(
+            **{name: tensor for name, tensor in inputs.items() if name in accepted}, **options, return_dict=True
+        )
+        output.last_hidden_state = output.last_hidden_state * self.config.output_scaling
+        return output
+
+    def reduce_context(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
+        """Context vectors `(batch, m, dim)` from hidden states `(batch, length, dim)` and their mask (section 4.4)."""
+        kind, m = self.config.context_vectors, self.config.num_codes
+        if kind == "learnt_codes":
+            scale = self._attention_scale(self.config.code_attention)
+            logits = torch.einsum("md,bld->bml", self.codes.to(hidden.dtype), hidden) * scale
+            logits = logits.masked_fill(attention_mask[:, None] == 0, torch.finfo(logits.dtype).min)
+            weights = logits.softmax(dim=-1, dtype=torch.float32).to(hidden.dtype)  # (batch, m, length)
+            return torch.einsum("bml,bld->bmd", weights, hidden).to(hidden.dtype)
+        if kind == "first_m":
+            return _take_tokens(hidden, attention_mask, m)
+        last = _take_tokens(hidden, attention_mask, m, from_end=True)
+        if kind == "last_m":
+            return last
+        return torch.cat([_take_tokens(hidden, attention_mask, 1), last], dim=1)
+
+    def reduce_candidate(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
+        """Candidate vectors `(n, dim)` from hidden states `(n, length, dim)` and their mask (section 4.2)."""
+        if self.config.candidate_vector == "first":
+            return _take_tokens(hidden, attention_mask, 1)[:, 0]
+        mask = attention_mask != 0
+        if self.config.candidate_vector == "first_m_mean":
+            mask = mask & (mask.cumsum(dim=-1) <= self.config.num_codes)
+        weights = mask[..., None].to(hidden.dtype)
+        total = (hidden * weights).sum(dim=1, dtype=torch.promote_types(hidden.dtype, torch.float32))
+        return (total / mask.sum(dim=-1, keepdim=True).clamp(min=1)).to(hidden.dtype)
+
+    # --- what transformers expects of a composite model ------------------------------------------------------------
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.context_encoder.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.context_encoder.set_input_embeddings(value)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Resize the vocabulary of both backbones; arguments and result as upstream's, for the context's backbone."""
+        embeddings = self.context_encoder.resize_token_embeddings(*args, **kwargs)
+        if not self.config.share_encoders:
+            self.candidate_encoder.resize_token_embeddings(*args, **kwargs)
+        self.vocab_size = embeddings.num_embeddings
+        return embeddings
+
+    def enable_input_require_grads(self) -> None:
+        for tower in {self.context_encoder, self.candidate_encoder}:
+            tower.enable_input_require_grads()
+
+    def disable_input_require_grads(self) -> None:
+        for tower in {self.context_encoder, self.candidate_encoder}:
+            tower.disable_input_require_grads()
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """As upstream's, but written beside the folder and moved in when complete: a failed save changes nothing."""
+        if kwargs.get("push_to_hub"):
+            kwargs.setdefault("repo_id", Path(save_directory).name)
+        with staged_folder(save_directory) as staging:
+            super().save_pretrained(staging, **kwargs)
+
+
+def _take_tokens(hidden: Tensor, attention_mask: Tensor, m: int, from_end: bool = False) -> Tensor:
+    """The first or last m hidden states that are not padding, in order: `(batch, m, dim)`, all-zero where none is left.
+
+    Works for padding on either side, and of any size.
+    """
+    real = attention_mask != 0
+    lengths = real.sum(dim=-1, keepdim=True)  # (batch, 1)
+    order = torch.argsort(real, dim=-1, descending=True, stable=True)  # positions, real tokens first
+    rank = torch.arange(m, device=hidden.device)[None]  # (1, m)
+    start = (lengths - m).clamp(min=0) if from_end else torch.zeros_like(lengths)
+    index = order.gather(1, (rank + start).clamp(max=hidden.shape[1] - 1))
+    taken = hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
+    return taken.masked_fill((rank >= lengths)[..., None], 0.0)
+
+
+def _backbone_inputs(
+    input_ids: Tensor | None,
+    attention_mask: Tensor | None = None,
+    token_type_ids: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    inputs_embeds: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """The given inputs without the `None`s, with a mask of ones where there is none."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("Give the contexts as input_ids (batch, length) or as inputs_embeds, one of the two.")
+    shaped = inputs_embeds[..., 0] if input_ids is None else input_ids
+    if shaped.dim() != 2:
+        raise ValueError(f"Token inputs must have shape (batch, length), got {tuple(shaped.shape)}.")
+    if attention_mask is None:
+        attention_mask = torch.ones(shaped.shape, dtype=torch.long, device=shaped.device)
+    given = {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "token_type_ids": token_type_ids,
+        "position_ids": position_ids,
+        "inputs_embeds": inputs_embeds,
+    }
+    return {name: tensor for name, tensor in given.items() if tensor is not None}
+
+
+# --- backbones -------------------------------------------------------------------------------------------------------
+
+
+def _accepted_inputs(model_class: type[PreTrainedModel]) -> frozenset[str]:
+    return frozenset(inspect.signature(model_class.forward).parameters)
+
+
+def _is_causal(config: PreTrainedConfig) -> bool:
+    return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in MODEL_FOR_MASKED_LM_MAPPING
+
+
+def _backbone_recipe(config: PreTrainedConfig) -> tuple[type, dict[str, Any]]:
+    """The Auto class that makes a backbone of this configuration, and the arguments its family needs."""
+    mapping = MODEL_FOR_TEXT_ENCODING_MAPPING  # encoders alone of T5 and its kin
+    auto_class: type = AutoModelForTextEncoding
+    if type(config) not in mapping:
+        mapping, auto_class = MODEL_MAPPING, AutoModel
+    model_class = mapping.get(type(config), None)
+    takes_pooler = inspect.isclass(model_class) and "add_pooling_layer" in inspect.signature(model_class).parameters
+    # A pooler would be a parameter without a gradient, which distributed training refuses.
+    return auto_class, {"add_pooling_layer": False} if takes_pooler else {}
+
+
+def _build_backbone(config: PreTrainedConfig) -> PreTrainedModel:
+    auto_class, options = _backbone_recipe(config)
+    return _encoder_of(auto_class.from_config(config, **options))  # type: ignore[attr-defined]
+
+
+def _load_backbone(path: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
+    hub = {
+        name: kwargs[name]
+        for name in ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+        if name in kwargs
+    }
+    config = AutoConfig.from_pretrained(path, trust_remote_code=kwargs.get("trust_remote_code"), **hub)
+    if isinstance(config, PolyEncoderConfig):
+        raise ValueError(
+            f"{path} is itself a Poly-encoder. Load it with PolyEncoderModel.from_pretrained, or name the checkpoint "
+            "of its backbone here."
+        )
+    auto_class, options = _backbone_recipe(config)
+    return _encoder_of(auto_class.from_pretrained(path, **options, **kwargs))  # type: ignore[attr-defined]
+
+
+def _encoder_of(model: PreTrainedModel) -> PreTrainedModel:
+    return model.get_encoder() if getattr(model.config, "is_encoder_decoder", False) else model
+
+
+# --- saving ----------------------------------------------------------------------------------------------------------
+
+_WEIGHT_FILES = re.compile(r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
+
+
+@contextlib.contextmanager
+def staged_folder(path: str | os.PathLike[str]) -> Iterator[str]:
+    """A new folder beside `path` to write a checkpoint into; its files move to `path` when the block ends well.
+
+    Other files in `path` stay, except weights that the new ones replace under other names (another number of shards).
+    An error inside the block leaves `path` as it was.
+
+    Raises:
+        NotADirectoryError: `path` is a file.
+    """
+    target = Path(path)
+    if target.is_file():
+        raise NotADirectoryError(f"A checkpoint is a folder, but {path} is a file. Choose another path.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".saving", dir=target.parent))
+    try:
+        yield str(staging)
+        staging.chmod(0o777 & ~_umask())
+        if not target.exists():
+            staging.rename(target)
+            return
+        written = [file.relative_to(staging) for file in staging.rglob("*") if file.is_file()]
+        for name in written:
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            (staging / name).replace(target / name)
+        if any(_WEIGHT_FILES.fullmatch(str(name)) for name in written):
+            for stale in target.iterdir():
+                if _WEIGHT_FILES.fullmatch(stale.name) and Path(stale.name) not in written:
+                    stale.unlink()
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+__all__ = ["PolyEncoderModel", "PolyEncoderOutput", "poly_score"]
