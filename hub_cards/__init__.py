@@ -1,0 +1,1 @@
+"""Card templates: data files, rendered by poly_encoders.cards."""

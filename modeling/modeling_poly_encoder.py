@@ -212,9 +212,11 @@ class PolyEncoderModel(PreTrainedModel):
         if not ours.get("share_encoders"):
             same = candidate is None or candidate == context
             candidate_encoder = copy.deepcopy(context_encoder) if same else _load_backbone(candidate, **kwargs)
+        # Copies, because a new composite configuration resets the attention of its parts; _adopt brings theirs back.
         config = PolyEncoderConfig(
-            context_encoder=context_encoder.config,
-            candidate_encoder=None if candidate_encoder is None else candidate_encoder.config,
+            context_encoder=copy.deepcopy(context_encoder.config),
+            candidate_encoder=None if candidate_encoder is None else copy.deepcopy(candidate_encoder.config),
+            attn_implementation=context_encoder.config._attn_implementation,
             **ours,
         )
         model = cls(config, context_encoder, candidate_encoder).to(context_encoder.device, context_encoder.dtype)
@@ -349,8 +351,9 @@ class PolyEncoderModel(PreTrainedModel):
         """Context vectors `(batch, m, dim)` from hidden states `(batch, length, dim)` and their mask (section 4.4)."""
         kind, m = self.config.context_vectors, self.config.num_codes
         if kind == "learnt_codes":
-            scale = self._attention_scale(self.config.code_attention)
-            logits = torch.einsum("md,bld->bml", self.codes.to(hidden.dtype), hidden) * scale
+            # A fresh product, so always aligned in memory: a loaded model computes bit for bit what the saved one did.
+            codes = (self.codes * self._attention_scale(self.config.code_attention)).to(hidden.dtype)
+            logits = torch.einsum("md,bld->bml", codes, hidden)
             logits = logits.masked_fill(attention_mask[:, None] == 0, torch.finfo(logits.dtype).min)
             weights = logits.softmax(dim=-1, dtype=torch.float32).to(hidden.dtype)  # (batch, m, length)
             return torch.einsum("bml,bld->bmd", weights, hidden).to(hidden.dtype)
@@ -485,7 +488,24 @@ def _load_backbone(path: str | os.PathLike[str], **kwargs: Any) -> PreTrainedMod
             "of its backbone here."
         )
     auto_class, options = _backbone_recipe(config)
-    return _encoder_of(auto_class.from_pretrained(path, **options, **kwargs))  # type: ignore[attr-defined]
+    with _quiet_about_poolers(config):
+        return _encoder_of(auto_class.from_pretrained(path, **options, **kwargs))  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def _quiet_about_poolers(config: PreTrainedConfig) -> Iterator[None]:
+    """Within the block, a pooler's weights that go unused on purpose are not reported as unexpected."""
+    model_class = MODEL_MAPPING.get(type(config), None)
+    name = "_keys_to_ignore_on_load_unexpected"
+    if not inspect.isclass(model_class):
+        yield
+        return
+    before = getattr(model_class, name)
+    setattr(model_class, name, [*(before or []), r"pooler\."])
+    try:
+        yield
+    finally:
+        setattr(model_class, name, before)
 
 
 def _encoder_of(model: PreTrainedModel) -> PreTrainedModel:
@@ -536,4 +556,4 @@ def _umask() -> int:
     return mask
 
 
-__all__ = ["PolyEncoderModel", "PolyEncoderOutput", "poly_score"]
+__all__ = ["PolyEncoderModel", "PolyEncoderOutput", "poly_score", "staged_folder"]

@@ -1,0 +1,339 @@
+"""The Poly-encoder as a sentence-transformers model: encode both sides, score, rank, save, load."""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, TypedDict
+
+import numpy as np
+import torch
+from sentence_transformers import SentenceTransformer
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from poly_encoders.cards import PolyEncoderModelCardData
+from poly_encoders.checkpoints import BuildOptions, module_from_encoder, module_from_sentence_transformer
+from poly_encoders.conversations import Context, candidate_texts, context_text, context_texts, is_single_context
+from poly_encoders.modeling import staged_folder
+from poly_encoders.poly_module import ASK_FOR_A_SIDE, PolyEncoderModule, Task
+from poly_encoders.scoring import score
+
+Vectors = Tensor | np.ndarray | list[Tensor] | list[np.ndarray]
+
+
+class Ranked(TypedDict, total=False):
+    """One entry of a ranking, as sentence-transformers' `CrossEncoder.rank` gives it."""
+
+    corpus_id: int  # position in the list of candidates
+    score: float  # comparable only within one context
+    text: str  # with return_documents=True
+
+
+class PolyEncoder(SentenceTransformer):
+    r"""A Poly-encoder that takes text: m vectors for a context, one for a candidate, attention between them as the score.
+
+    Args:
+        model_name_or_path: A saved Poly-encoder, a SentenceTransformer (whose weights and pooling it starts from), or
+            any encoder; a local folder or a Hub id.
+        num_codes: m, the number of context vectors. 64 for a new model.
+        context_vectors: `"learnt_codes"` (for a new model), `"first_m"`, `"last_m"` or `"first_and_last_m"`.
+        candidate_vector: `"mean"`, `"first"` or `"first_m_mean"`; a new model follows the checkpoint's pooling.
+        share_encoders: One encoder for both sides instead of two that start equal.
+        max_context_length, max_candidate_length: Tokens kept: the last of a context, the first of a candidate.
+        turn_separator: Text between the turns of a conversation, `"\n"` for a new model.
+        **kwargs: All that `SentenceTransformer` takes (`device`, `prompts`, `revision`, `token`, `model_kwargs`, ...);
+            further fields of `PolyEncoderConfig` go into `config_kwargs`.
+
+    Raises:
+        ValueError: options that a saved model was not trained with, or a checkpoint that cannot become a Poly-encoder.
+        OSError: files that are missing, truncated or corrupted.
+
+    Example:
+        >>> model = PolyEncoder("sentence-transformers/all-MiniLM-L6-v2", num_codes=16)  # doctest: +SKIP
+        >>> model.rank(["Hi!", "Hello. Any plans for tonight?"], ["A film, perhaps.", "Forty-two."])  # doctest: +SKIP
+    """
+
+    model_type = "PolyEncoder"
+    model_card_data_class = PolyEncoderModelCardData
+    # The one class outside sentence_transformers that modules.json may name without trust_remote_code.
+    _module_classes: ClassVar[dict[str, type[nn.Module]]] = {
+        f"{PolyEncoderModule.__module__}.{PolyEncoderModule.__name__}": PolyEncoderModule
+    }
+
+    def __init__(
+        self,
+        model_name_or_path: str | None = None,
+        *,
+        num_codes: int | None = None,
+        context_vectors: Literal["learnt_codes", "first_m", "last_m", "first_and_last_m"] | None = None,
+        candidate_vector: Literal["first", "mean", "first_m_mean"] | None = None,
+        share_encoders: bool | None = None,
+        max_context_length: int | None = None,
+        max_candidate_length: int | None = None,
+        turn_separator: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        options = {
+            "num_codes": num_codes,
+            "context_vectors": context_vectors,
+            "candidate_vector": candidate_vector,
+            "share_encoders": share_encoders,
+            "max_context_length": max_context_length,
+            "max_candidate_length": max_candidate_length,
+            "turn_separator": turn_separator,
+        }
+        given = {name: value for name, value in options.items() if value is not None}
+        if given and model_name_or_path is None:
+            raise ValueError(f"{', '.join(given)}: these options need a model_name_or_path to build on.")
+        if kwargs.get("backend", "torch") != "torch":
+            raise ValueError(f"A Poly-encoder runs on backend='torch', not {kwargs['backend']!r}.")
+        kwargs["config_kwargs"] = {**(kwargs.get("config_kwargs") or {}), **given}
+        super().__init__(model_name_or_path, **kwargs)
+
+    # --- loading and saving ----------------------------------------------------------------------------------------
+
+    def _load_default_modules(self, model_name_or_path: str, **kwargs: Any) -> tuple[list[nn.Module], dict[str, Any]]:
+        return self._build(module_from_encoder, model_name_or_path, **kwargs)
+
+    def _load_converted_modules(
+        self, model_name_or_path: str, *, model_type: str | None = None, **kwargs: Any
+    ) -> tuple[list[nn.Module], dict[str, Any]]:
+        if model_type != SentenceTransformer.model_type:
+            raise ValueError(
+                f"{model_name_or_path} is a {model_type}, not a PolyEncoder, a SentenceTransformer or a plain encoder. "
+                f"Load it with {model_type}(path), or build a Poly-encoder on the encoder it was trained from."
+            )
+        return self._build(module_from_sentence_transformer, model_name_or_path, **kwargs)
+
+    def _build(self, build: Any, path: str, **kwargs: Any) -> tuple[list[nn.Module], dict[str, Any]]:
+        hub = {
+            "token": kwargs.get("token"),
+            "cache_dir": kwargs.get("cache_folder"),
+            "revision": kwargs.get("revision"),
+            "local_files_only": kwargs.get("local_files_only", False),
+        }
+        options = BuildOptions(
+            kwargs.get("trust_remote_code", False),
+            kwargs.get("model_kwargs"),
+            kwargs.get("processor_kwargs"),
+            kwargs.get("config_kwargs"),
+        )
+        module = build(path, hub, options)
+        if not hub["local_files_only"]:
+            self.model_card_data.set_base_model(path, revision=hub["revision"])
+        return [module], {}
+
+    def save(self, path: str, *args: Any, **kwargs: Any) -> None:
+        """As `SentenceTransformer.save`, but a save that fails leaves what was at `path` as it was."""
+        if path is None:
+            raise ValueError("Give the folder to save the model to.")
+        with staged_folder(path) as staging:
+            super().save(staging, *args, **kwargs)
+
+    # --- encoding --------------------------------------------------------------------------------------------------
+
+    def encode(  # type: ignore[override]
+        self,
+        inputs: Any,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int = 32,
+        show_progress_bar: bool | None = None,
+        output_value: Literal["sentence_embedding", "token_embeddings"] | None = "sentence_embedding",
+        precision: Literal["float32", "int8", "uint8", "binary", "ubinary"] = "float32",
+        convert_to_numpy: bool = True,
+        convert_to_tensor: bool = False,
+        device: str | list[str | torch.device] | None = None,
+        normalize_embeddings: bool = False,
+        truncate_dim: int | None = None,
+        pool: dict[Literal["input", "output", "processes"], Any] | None = None,
+        chunk_size: int | None = None,
+        task: Task | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Encode contexts (`encode_query`) or candidates (`encode_document`); options as `SentenceTransformer.encode`.
+
+        `normalize_embeddings` scales every single vector to length 1, context vectors included. `precision` other
+        than float32 is for candidates only, to store them: scores need float32.
+
+        Returns:
+            float32 `(n, m, dim)` for contexts, m + 1 with `first_and_last_m`; `(n, dim)` for candidates. Without the
+            first axis for a single input.
+
+        Raises:
+            ValueError: no side named (no `task`), vectors that are not finite, an option that makes no sense.
+            TypeError: an input that is no text (no conversation, on the context side).
+        """
+        if task not in ("query", "document"):
+            raise ValueError(ASK_FOR_A_SIDE)
+        is_query = task == "query"
+        if is_query and precision not in (None, "float32"):
+            raise ValueError(
+                f"precision={precision!r} is for candidates that are stored; context vectors are few and all-zero ones "
+                "mean padding, so they stay float32. Leave precision out for contexts."
+            )
+        single = is_single_context(inputs) if is_query else isinstance(inputs, str)
+        to_texts = self.context_texts if is_query else candidate_texts
+        texts = to_texts([inputs] if single else inputs)
+        result = super().encode(
+            texts,
+            prompt_name=prompt_name,
+            prompt=prompt,
+            batch_size=batch_size,
+            show_progress_bar=show_progress_bar,
+            output_value=output_value,
+            precision=precision,
+            convert_to_numpy=convert_to_numpy,
+            convert_to_tensor=convert_to_tensor,
+            device=device,
+            # Upstream normalises axis 1, which is not the vectors' axis on the context side.
+            normalize_embeddings=normalize_embeddings and not is_query,
+            truncate_dim=truncate_dim,
+            pool=pool,
+            chunk_size=chunk_size,
+            task=task,
+            **kwargs,
+        )
+        if output_value == "sentence_embedding":
+            result = self._finished(result, task, normalize_embeddings and is_query, truncate_dim)
+        return result[0] if single else result
+
+    def context_texts(self, contexts: Any) -> list[str]:
+        """A batch of contexts as the texts that the tokenizer sees."""
+        return context_texts(contexts, self[0].config.turn_separator)
+
+    def _finished(self, vectors: Any, task: Task, normalise: bool, truncate_dim: int | None) -> Any:
+        if len(vectors) == 0:
+            width = min(self.get_embedding_dimension(), truncate_dim or self.get_embedding_dimension())
+            shape = (0, self[0].config.num_context_vectors, width) if task == "query" else (0, width)
+            if isinstance(vectors, list):
+                return vectors
+            return np.empty(shape, np.float32) if isinstance(vectors, np.ndarray) else torch.empty(shape)
+        if normalise:
+            vectors = _apply(vectors, lambda tensor: normalize(tensor, dim=-1))
+        parts = vectors if isinstance(vectors, list) else [vectors]
+        if not all(bool(torch.as_tensor(part).isfinite().all()) for part in parts):
+            raise ValueError(
+                "The model gave vectors with NaN or infinity, so its weights are broken or overflow in this precision. "
+                "Load a good checkpoint, or use dtype float32."
+            )
+        return vectors
+
+    def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: Any) -> dict[str, Any]:
+        """Token features of one side (`task="query"` or `"document"`); contexts in any of their forms."""
+        return self[0].preprocess(list(inputs), prompt=prompt, **kwargs) if len(inputs) else {}
+
+    # --- scoring ---------------------------------------------------------------------------------------------------
+
+    _similarity_fn_name = "poly"  # upstream's storage; it must not pick one of its own functions
+
+    @property
+    def similarity_fn_name(self) -> str:  # type: ignore[override]
+        return "poly"
+
+    @similarity_fn_name.setter
+    def similarity_fn_name(self, value: str | None) -> None:
+        if value not in (None, "poly"):
+            raise ValueError(f"A Poly-encoder scores by attention over its context vectors, not by {value!r}.")
+
+    def similarity(self, embeddings1: Vectors, embeddings2: Vectors) -> Tensor:
+        """Score every candidate against every context.
+
+        Args:
+            embeddings1: Context vectors of `encode_query`, `(n, m, dim)`, or `(m, dim)` for one context.
+            embeddings2: Candidate vectors of `encode_document`, `(k, dim)`, or `(dim,)` for one candidate.
+
+        Returns:
+            `(n, k)` float32 scores, comparable within a row.
+
+        Raises:
+            ValueError: other shapes, as of two sets of candidates.
+            TypeError: quantised vectors.
+        """
+        contexts, candidates = self._context_vectors(embeddings1), _floats(embeddings2)
+        return score(contexts, candidates[None] if candidates.dim() == 1 else candidates, self[0].model.final_scale)
+
+    def similarity_pairwise(self, embeddings1: Vectors, embeddings2: Vectors) -> Tensor:
+        """Score the i-th candidate against the i-th context: `(n, m, dim)` and `(n, dim)` to `(n,)`."""
+        contexts, candidates = self._context_vectors(embeddings1), _floats(embeddings2)
+        if candidates.dim() == 1:
+            candidates = candidates[None]
+        if len(contexts) != len(candidates):
+            raise ValueError(f"{len(contexts)} contexts and {len(candidates)} candidates make no pairs; pass as many of each.")
+        return score(contexts, candidates[:, None], self[0].model.final_scale)[:, 0]
+
+    def _context_vectors(self, vectors: Vectors) -> Tensor:
+        contexts, m = _floats(vectors), self[0].config.num_context_vectors
+        if contexts.dim() == 2:
+            contexts = contexts[None]
+        if contexts.dim() != 3 or contexts.shape[1] != m:
+            raise ValueError(
+                f"The first argument has shape {tuple(_floats(vectors).shape)}; expected context vectors (n, {m}, dim), "
+                f"or ({m}, dim) for one context. Encode contexts with encode_query and candidates with encode_document."
+            )
+        return contexts
+
+    def rank(
+        self,
+        context: Context,
+        candidates: Sequence[str],
+        top_k: int | None = None,
+        return_documents: bool = False,
+        *,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int = 32,
+        show_progress_bar: bool | None = None,
+        device: str | None = None,
+    ) -> list[Ranked]:
+        """Rank candidates for one context.
+
+        Args:
+            context: A text, a list of turns, or a list of chat messages, oldest first.
+            candidates: The texts to choose from; an empty list gives an empty ranking.
+            top_k: How many to return; all when left out.
+            return_documents: Add the candidate's text to each entry.
+            prompt_name, prompt: Put before the context, as in `encode_query`.
+            batch_size, show_progress_bar, device: As in `encode`.
+
+        Returns:
+            `[{"corpus_id": position, "score": float, "text": ...}, ...]`, best first; equal scores in the order given.
+
+        Raises:
+            TypeError, ValueError: as `encode`.
+        """
+        if top_k is not None and top_k < 0:
+            raise ValueError(f"top_k must be at least 0, or None for all, got {top_k}.")
+        text = context_text(context, self[0].config.turn_separator)
+        texts = candidate_texts(candidates)
+        if not texts:
+            return []
+        options: dict[str, Any] = {"batch_size": batch_size, "device": device, "convert_to_tensor": True}
+        contexts = self.encode_query([text], prompt_name=prompt_name, prompt=prompt, show_progress_bar=False, **options)
+        scores = self.similarity(contexts, self.encode_document(texts, show_progress_bar=show_progress_bar, **options))[0]
+        values, order = scores.sort(descending=True, stable=True)
+        ranking = [Ranked(corpus_id=i, score=value) for i, value in zip(order.tolist(), values.tolist(), strict=True)]
+        if return_documents:
+            for entry in ranking:
+                entry["text"] = texts[entry["corpus_id"]]
+        return ranking[:top_k]
+
+
+def _apply(vectors: Any, function: Any) -> Any:
+    if isinstance(vectors, np.ndarray):
+        return function(torch.from_numpy(vectors)).numpy()
+    if isinstance(vectors, list):
+        return [function(vector) for vector in vectors]
+    return function(vectors)
+
+
+def _floats(vectors: Vectors) -> Tensor:
+    """Vectors in any container as one tensor of floating-point numbers."""
+    if isinstance(vectors, list):
+        tensor = torch.stack([torch.as_tensor(vector) for vector in vectors])
+    else:
+        tensor = torch.as_tensor(vectors)
+    if not tensor.is_floating_point():
+        raise TypeError(
+            f"These vectors are {tensor.dtype}: quantised codes, whose dot products are no scores. "
+            "Encode with precision='float32'."
+        )
+    return tensor
