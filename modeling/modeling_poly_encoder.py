@@ -116,14 +116,6 @@ class PolyEncoderOutput(ModelOutput):
     candidate_hidden_states: tuple[Tensor, ...] | None = None
     candidate_attentions: tuple[Tensor, ...] | None = None
 
-    @property
-    def last_hidden_state(self) -> NoReturn:
-        # sentence_transformers.SentenceTransformer asks for this when it is pointed at a Poly-encoder by mistake.
-        raise AttributeError(
-            "A Poly-encoder has no single vector per text to pool. Load it with poly_encoders.PolyEncoder(path) and "
-            "call encode_query or encode_document, not with sentence_transformers.SentenceTransformer(path)."
-        )
-
 
 class PolyEncoderModel(PreTrainedModel):
     """Two backbones, m context vectors, one vector a candidate, and the attention between them as the score.
@@ -157,6 +149,8 @@ class PolyEncoderModel(PreTrainedModel):
             self.codes = nn.Parameter(torch.empty(config.num_codes, config.hidden_size))
         towers = (self.context_encoder, self.candidate_encoder)
         self.supports_gradient_checkpointing = all(tower.supports_gradient_checkpointing for tower in towers)
+        # What sentence_transformers.SentenceTransformer calls when it is pointed at a Poly-encoder by mistake.
+        self.get_text_features = _refuse_one_vector
         self.post_init()
 
     def _adopt(self, name: str, encoder: PreTrainedModel | None) -> PreTrainedModel:
@@ -405,6 +399,13 @@ class PolyEncoderModel(PreTrainedModel):
             kwargs.setdefault("repo_id", Path(save_directory).name)
         with staged_folder(save_directory) as staging:
             super().save_pretrained(staging, **kwargs)
+
+
+def _refuse_one_vector(**_: Any) -> NoReturn:
+    raise TypeError(
+        "This is a Poly-encoder: a text has no single vector, and which side it is on matters. Load it with "
+        "poly_encoders.PolyEncoder(path), then call encode_query, encode_document or rank."
+    )
 
 
 def _take_tokens(hidden: Tensor, attention_mask: Tensor, m: int, from_end: bool = False) -> Tensor:

@@ -18,9 +18,16 @@ def register() -> None:
 
 register()
 
-from poly_encoders.poly_encoder import PolyEncoder  # noqa: E402  (its base classes look the types up)
+# The models below find their types in the Auto classes, so they come after.
+from poly_encoders.bi_encoder import BiEncoder  # noqa: E402
+from poly_encoders.cross_encoder import CrossEncoder  # noqa: E402
+from poly_encoders.evaluation import CandidateRankingEvaluator  # noqa: E402
+from poly_encoders.poly_encoder import PolyEncoder  # noqa: E402
 
 __all__ = [
+    "BiEncoder",
+    "CandidateRankingEvaluator",
+    "CrossEncoder",
     "PolyEncoder",
     "PolyEncoderConfig",
     "PolyEncoderModel",

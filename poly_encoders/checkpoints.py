@@ -9,6 +9,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from sentence_transformers.util import load_dir_path, load_file_path
 from transformers import AutoConfig, AutoTokenizer
 
+from poly_encoders.first_m_pooling import FirstMMeanPooling
 from poly_encoders.modeling import PolyEncoderConfig, PolyEncoderModel
 from poly_encoders.poly_module import PolyEncoderModule, load_checked
 
@@ -47,13 +48,18 @@ def module_from_sentence_transformer(path: str, hub: dict[str, Any], options: "B
     else:
         local = {side: path for side in folders}
         places = {**hub, "subfolder": folders["query"]} if folders["query"] else hub
-    for name, side in (("max_context_length", "query"), ("max_candidate_length", "document")):
-        config_options.setdefault(name, _max_length(path, folders[side], hub))
+    ours = _read_json(path, "config_sentence_transformers.json", hub, default={}).get("poly_encoders", {})
+    if "turn_separator" in ours:
+        config_options.setdefault("turn_separator", ours["turn_separator"])
     places = {**places, "trust_remote_code": options.trust_remote_code}
+    tokenizers = {side: AutoTokenizer.from_pretrained(local[side], **places, **options.processor) for side in local}
+    for name, side in (("max_context_length", "query"), ("max_candidate_length", "document")):
+        own_limit = tokenizers[side].model_max_length if separate else None
+        config_options.setdefault(name, _max_length(path, folders[side], side, hub) or own_limit)
     model = PolyEncoderModel.from_encoders_pretrained(
         local["query"], local["document"] if separate else None, **places, **options.model, **config_options
     )
-    return PolyEncoderModule(model, AutoTokenizer.from_pretrained(local["query"], **places, **options.processor))
+    return PolyEncoderModule(model, tokenizers["query"])
 
 
 class BuildOptions:
@@ -105,6 +111,13 @@ def _pooling(path: str, modules: list[tuple[str, str]], hub: dict[str, Any], wis
     if "candidate_vector" in wishes:
         return wishes["candidate_vector"]
     if any(name == "FirstMMeanPooling" for name, _ in modules):
+        folder = _single(modules, "FirstMMeanPooling", path)
+        m = FirstMMeanPooling.load_config(path, subfolder=folder, **_st_hub(hub))["m"]
+        if m != wishes.get("num_codes", PolyEncoderConfig.num_codes):
+            raise ValueError(
+                f"{path} averages the first m={m} outputs, and a Poly-encoder as many as it has codes. "
+                f"Build it with num_codes={m}, or with another candidate_vector."
+            )
         return "first_m_mean"
     pooling = Pooling.load_config(path, subfolder=_single(modules, "Pooling", path), **_st_hub(hub))["pooling_mode"]
     mode = pooling[0] if isinstance(pooling, list) and len(pooling) == 1 else pooling
@@ -123,9 +136,9 @@ def _single(modules: list[tuple[str, str]], name: str, path: str) -> str:
     return folders[0]
 
 
-def _max_length(path: str, folder: str, hub: dict[str, Any]) -> int | None:
+def _max_length(path: str, folder: str, side: str, hub: dict[str, Any]) -> int | None:
     settings = _read_json(path, "sentence_bert_config.json", hub, folder, default={})
-    return settings.get("max_seq_length")
+    return settings.get(f"{side}_length") or settings.get("max_seq_length")
 
 
 def _local_folder(path: str, folder: str, hub: dict[str, Any]) -> str:

@@ -1,7 +1,6 @@
 """The Poly-encoder as a sentence-transformers model: encode both sides, score, rank, save, load."""
 
-from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, TypedDict
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -11,23 +10,14 @@ from torch.nn.functional import normalize
 
 from poly_encoders.cards import PolyEncoderModelCardData
 from poly_encoders.checkpoints import BuildOptions, module_from_encoder, module_from_sentence_transformer
-from poly_encoders.conversations import Context, candidate_texts, context_text, context_texts, is_single_context
-from poly_encoders.modeling import staged_folder
-from poly_encoders.poly_module import ASK_FOR_A_SIDE, PolyEncoderModule, Task
+from poly_encoders.poly_module import PolyEncoderModule
 from poly_encoders.scoring import score
+from poly_encoders.two_sided import Task, TwoSidedEncoder, clear_load_errors
 
 Vectors = Tensor | np.ndarray | list[Tensor] | list[np.ndarray]
 
 
-class Ranked(TypedDict, total=False):
-    """One entry of a ranking, as sentence-transformers' `CrossEncoder.rank` gives it."""
-
-    corpus_id: int  # position in the list of candidates
-    score: float  # comparable only within one context
-    text: str  # with return_documents=True
-
-
-class PolyEncoder(SentenceTransformer):
+class PolyEncoder(TwoSidedEncoder):
     r"""A Poly-encoder that takes text: m vectors for a context, one for a candidate, attention between them as the score.
 
     Args:
@@ -86,7 +76,8 @@ class PolyEncoder(SentenceTransformer):
         if kwargs.get("backend", "torch") != "torch":
             raise ValueError(f"A Poly-encoder runs on backend='torch', not {kwargs['backend']!r}.")
         kwargs["config_kwargs"] = {**(kwargs.get("config_kwargs") or {}), **given}
-        super().__init__(model_name_or_path, **kwargs)
+        with clear_load_errors(model_name_or_path):
+            super().__init__(model_name_or_path, **kwargs)
 
     # --- loading and saving ----------------------------------------------------------------------------------------
 
@@ -121,38 +112,29 @@ class PolyEncoder(SentenceTransformer):
             self.model_card_data.set_base_model(path, revision=hub["revision"])
         return [module], {}
 
-    def save(self, path: str, *args: Any, **kwargs: Any) -> None:
-        """As `SentenceTransformer.save`, but a save that fails leaves what was at `path` as it was."""
-        if path is None:
-            raise ValueError("Give the folder to save the model to.")
-        with staged_folder(path) as staging:
-            super().save(staging, *args, **kwargs)
-
     # --- encoding --------------------------------------------------------------------------------------------------
+
+    @property
+    def turn_separator(self) -> str:
+        return self[0].config.turn_separator
+
+    def vector_shape(self, task: Task) -> tuple[int, ...]:
+        vector = super().vector_shape(task)
+        return (self[0].config.num_context_vectors, *vector) if task == "query" else vector
 
     def encode(  # type: ignore[override]
         self,
         inputs: Any,
-        prompt_name: str | None = None,
-        prompt: str | None = None,
-        batch_size: int = 32,
-        show_progress_bar: bool | None = None,
-        output_value: Literal["sentence_embedding", "token_embeddings"] | None = "sentence_embedding",
-        precision: Literal["float32", "int8", "uint8", "binary", "ubinary"] = "float32",
-        convert_to_numpy: bool = True,
-        convert_to_tensor: bool = False,
-        device: str | list[str | torch.device] | None = None,
-        normalize_embeddings: bool = False,
-        truncate_dim: int | None = None,
-        pool: dict[Literal["input", "output", "processes"], Any] | None = None,
-        chunk_size: int | None = None,
+        *args: Any,
         task: Task | None = None,
+        precision: Literal["float32", "int8", "uint8", "binary", "ubinary"] = "float32",
+        normalize_embeddings: bool = False,
         **kwargs: Any,
     ) -> Any:
         """Encode contexts (`encode_query`) or candidates (`encode_document`); options as `SentenceTransformer.encode`.
 
-        `normalize_embeddings` scales every single vector to length 1, context vectors included. `precision` other
-        than float32 is for candidates only, to store them: scores need float32.
+        `normalize_embeddings` scales every single vector to length 1, context vectors included; all-zero ones, which
+        are padding, stay. `precision` other than float32 is for candidates only, to store them: scores need float32.
 
         Returns:
             float32 `(n, m, dim)` for contexts, m + 1 with `first_and_last_m`; `(n, dim)` for candidates. Without the
@@ -162,64 +144,23 @@ class PolyEncoder(SentenceTransformer):
             ValueError: no side named (no `task`), vectors that are not finite, an option that makes no sense.
             TypeError: an input that is no text (no conversation, on the context side).
         """
-        if task not in ("query", "document"):
-            raise ValueError(ASK_FOR_A_SIDE)
         is_query = task == "query"
         if is_query and precision not in (None, "float32"):
             raise ValueError(
                 f"precision={precision!r} is for candidates that are stored; context vectors are few and all-zero ones "
                 "mean padding, so they stay float32. Leave precision out for contexts."
             )
-        single = is_single_context(inputs) if is_query else isinstance(inputs, str)
-        to_texts = self.context_texts if is_query else candidate_texts
-        texts = to_texts([inputs] if single else inputs)
-        result = super().encode(
-            texts,
-            prompt_name=prompt_name,
-            prompt=prompt,
-            batch_size=batch_size,
-            show_progress_bar=show_progress_bar,
-            output_value=output_value,
-            precision=precision,
-            convert_to_numpy=convert_to_numpy,
-            convert_to_tensor=convert_to_tensor,
-            device=device,
-            # Upstream normalises axis 1, which is not the vectors' axis on the context side.
-            normalize_embeddings=normalize_embeddings and not is_query,
-            truncate_dim=truncate_dim,
-            pool=pool,
-            chunk_size=chunk_size,
+        # Upstream normalises axis 1, which is not the vectors' axis on the context side.
+        vectors = super().encode(
+            inputs,
+            *args,
             task=task,
+            precision=precision,
+            normalize_embeddings=normalize_embeddings and not is_query,
             **kwargs,
         )
-        if output_value == "sentence_embedding":
-            result = self._finished(result, task, normalize_embeddings and is_query, truncate_dim)
-        return result[0] if single else result
-
-    def context_texts(self, contexts: Any) -> list[str]:
-        """A batch of contexts as the texts that the tokenizer sees."""
-        return context_texts(contexts, self[0].config.turn_separator)
-
-    def _finished(self, vectors: Any, task: Task, normalise: bool, truncate_dim: int | None) -> Any:
-        if len(vectors) == 0:
-            width = min(self.get_embedding_dimension(), truncate_dim or self.get_embedding_dimension())
-            shape = (0, self[0].config.num_context_vectors, width) if task == "query" else (0, width)
-            if isinstance(vectors, list):
-                return vectors
-            return np.empty(shape, np.float32) if isinstance(vectors, np.ndarray) else torch.empty(shape)
-        if normalise:
-            vectors = _apply(vectors, lambda tensor: normalize(tensor, dim=-1))
-        parts = vectors if isinstance(vectors, list) else [vectors]
-        if not all(bool(torch.as_tensor(part).isfinite().all()) for part in parts):
-            raise ValueError(
-                "The model gave vectors with NaN or infinity, so its weights are broken or overflow in this precision. "
-                "Load a good checkpoint, or use dtype float32."
-            )
-        return vectors
-
-    def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: Any) -> dict[str, Any]:
-        """Token features of one side (`task="query"` or `"document"`); contexts in any of their forms."""
-        return self[0].preprocess(list(inputs), prompt=prompt, **kwargs) if len(inputs) else {}
+        wanted = normalize_embeddings and is_query and kwargs.get("output_value", "sentence_embedding") == "sentence_embedding"
+        return _normalised(vectors) if wanted else vectors
 
     # --- scoring ---------------------------------------------------------------------------------------------------
 
@@ -271,58 +212,13 @@ class PolyEncoder(SentenceTransformer):
             )
         return contexts
 
-    def rank(
-        self,
-        context: Context,
-        candidates: Sequence[str],
-        top_k: int | None = None,
-        return_documents: bool = False,
-        *,
-        prompt_name: str | None = None,
-        prompt: str | None = None,
-        batch_size: int = 32,
-        show_progress_bar: bool | None = None,
-        device: str | None = None,
-    ) -> list[Ranked]:
-        """Rank candidates for one context.
 
-        Args:
-            context: A text, a list of turns, or a list of chat messages, oldest first.
-            candidates: The texts to choose from; an empty list gives an empty ranking.
-            top_k: How many to return; all when left out.
-            return_documents: Add the candidate's text to each entry.
-            prompt_name, prompt: Put before the context, as in `encode_query`.
-            batch_size, show_progress_bar, device: As in `encode`.
-
-        Returns:
-            `[{"corpus_id": position, "score": float, "text": ...}, ...]`, best first; equal scores in the order given.
-
-        Raises:
-            TypeError, ValueError: as `encode`.
-        """
-        if top_k is not None and top_k < 0:
-            raise ValueError(f"top_k must be at least 0, or None for all, got {top_k}.")
-        text = context_text(context, self[0].config.turn_separator)
-        texts = candidate_texts(candidates)
-        if not texts:
-            return []
-        options: dict[str, Any] = {"batch_size": batch_size, "device": device, "convert_to_tensor": True}
-        contexts = self.encode_query([text], prompt_name=prompt_name, prompt=prompt, show_progress_bar=False, **options)
-        scores = self.similarity(contexts, self.encode_document(texts, show_progress_bar=show_progress_bar, **options))[0]
-        values, order = scores.sort(descending=True, stable=True)
-        ranking = [Ranked(corpus_id=i, score=value) for i, value in zip(order.tolist(), values.tolist(), strict=True)]
-        if return_documents:
-            for entry in ranking:
-                entry["text"] = texts[entry["corpus_id"]]
-        return ranking[:top_k]
-
-
-def _apply(vectors: Any, function: Any) -> Any:
+def _normalised(vectors: Any) -> Any:
     if isinstance(vectors, np.ndarray):
-        return function(torch.from_numpy(vectors)).numpy()
+        return normalize(torch.from_numpy(vectors), dim=-1).numpy()
     if isinstance(vectors, list):
-        return [function(vector) for vector in vectors]
-    return function(vectors)
+        return [normalize(vector, dim=-1) for vector in vectors]
+    return normalize(vectors, dim=-1)
 
 
 def _floats(vectors: Vectors) -> Tensor:

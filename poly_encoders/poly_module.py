@@ -9,16 +9,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from poly_encoders.conversations import candidate_texts, context_texts
 from poly_encoders.lengths import prepend_prompt, token_limit, truncating
 from poly_encoders.modeling import PolyEncoderConfig, PolyEncoderModel
-
-Task = Literal["query", "document"]
+from poly_encoders.two_sided import ASK_FOR_A_SIDE, Task
 
 #: Options of a saved model that may be changed on loading; the others are what its weights were trained for.
 RUNTIME_OPTIONS = frozenset({"max_context_length", "max_candidate_length", "turn_separator"})
-
-ASK_FOR_A_SIDE = (
-    "A Poly-encoder reads contexts and candidates differently, so it must know which these are: call "
-    "encode_query(contexts) or encode_document(candidates), or pass task='query' or task='document'."
-)
 
 
 class PolyEncoderModule(InputModule):
@@ -141,7 +135,7 @@ class PolyEncoderModule(InputModule):
 
         Raises:
             ValueError: `config_kwargs` ask for another architecture than the saved one.
-            OSError: the weights are missing, incomplete, truncated or corrupted.
+            OSError: the weights are missing or incomplete.
         """
         if backend != "torch":
             raise ValueError(f"A Poly-encoder runs on backend='torch', not {backend!r}.")
@@ -175,16 +169,9 @@ def load_checked(path: str, **kwargs: Any) -> PolyEncoderModel:
     """`PolyEncoderModel.from_pretrained` that never leaves a weight at random.
 
     Raises:
-        OSError: a weight file that is missing a weight, or cannot be read.
+        OSError: the weight file lacks weights that the configuration calls for.
     """
-    from safetensors import SafetensorError
-
-    try:
-        model, info = PolyEncoderModel.from_pretrained(path, output_loading_info=True, **kwargs)
-    except SafetensorError as error:
-        raise OSError(
-            f"The weights in {path} are truncated or corrupted ({error}). Download or save the model again."
-        ) from error
+    model, info = PolyEncoderModel.from_pretrained(path, output_loading_info=True, **kwargs)
     if missing := sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"]):
         raise OSError(
             f"The weights in {path} do not hold {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''} "

@@ -1,0 +1,217 @@
+"""The Bi-encoder: Humeau et al., arXiv:1905.01969, section 4.2: score = red(T1(context)) . red(T2(candidate)).
+
+It is built of sentence-transformers' own modules, so what it saves loads with plain `SentenceTransformer(path)`, to the
+same bits, where this package is not installed. Only the mean of the first m outputs needs `trust_remote_code=True`
+there, because sentence-transformers has no such pooling and the checkpoint carries ours.
+"""
+
+import copy
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Router, Transformer
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
+from torch import nn
+from transformers import AutoConfig
+
+from poly_encoders import first_m_pooling
+from poly_encoders.conversations import TURN_SEPARATOR
+from poly_encoders.first_m_pooling import FirstMMeanPooling
+from poly_encoders.lengths import token_limit
+from poly_encoders.two_sided import TwoSidedEncoder, clear_load_errors, save_staged
+
+logger = logging.getLogger(__name__)
+
+_OURS = f"{FirstMMeanPooling.__module__}.{FirstMMeanPooling.__name__}"
+_BESIDE_THE_WEIGHTS = f"first_m_pooling.{FirstMMeanPooling.__name__}"
+
+
+class BiEncoder(TwoSidedEncoder):
+    r"""A Bi-encoder: one vector for a context, one for a candidate, their dot product as the score.
+
+    Args:
+        model_name_or_path: A saved Bi-encoder, any SentenceTransformer, or any encoder; a local folder or a Hub id.
+            A SentenceTransformer keeps its pooling; its `Normalize` module goes, because scores are dot products.
+        reduction: `"first"` output, `"mean"` of all (for a new model), or `"first_m_mean"`.
+        m: For `"first_m_mean"`, how many outputs to average; 64 when left out.
+        share_encoders: One encoder for both sides instead of two that start equal and are trained apart, as in the
+            paper. A shared encoder has one tokenizer, and so one side to cut long texts on: the left, also for
+            candidates.
+        max_context_length, max_candidate_length: Tokens kept: the last of a context, the first of a candidate.
+        turn_separator: Text between the turns of a conversation, `"\n"` for a new model.
+        **kwargs: All that `SentenceTransformer` takes.
+
+    Raises:
+        ValueError: options that a saved model was not trained with, or a checkpoint of another kind.
+        OSError: files that are missing, truncated or corrupted.
+    """
+
+    # Classes outside sentence_transformers that a saved model may name without trust_remote_code.
+    _module_classes: ClassVar[dict[str, type[nn.Module]]] = {
+        _OURS: FirstMMeanPooling,
+        _BESIDE_THE_WEIGHTS: FirstMMeanPooling,
+    }
+
+    def __init__(
+        self,
+        model_name_or_path: str | None = None,
+        *,
+        reduction: Literal["first", "mean", "first_m_mean"] | None = None,
+        m: int | None = None,
+        share_encoders: bool | None = None,
+        max_context_length: int | None = None,
+        max_candidate_length: int | None = None,
+        turn_separator: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if m is not None and reduction != "first_m_mean":
+            raise ValueError(f"m={m} belongs to reduction='first_m_mean', but the reduction is {reduction!r}.")
+        if reduction not in (None, "first", "mean", "first_m_mean"):
+            raise ValueError(f"reduction must be 'first', 'mean' or 'first_m_mean', got {reduction!r}.")
+        self._wishes = {"reduction": reduction, "m": m, "share_encoders": share_encoders}
+        self._saved: dict[str, Any] | None = None
+        self._turn_separator = turn_separator
+        kwargs.setdefault("similarity_fn_name", "dot")
+        with clear_load_errors(model_name_or_path):
+            super().__init__(model_name_or_path, **kwargs)
+        self._set_lengths(max_context_length, max_candidate_length)
+        for encoder in self._transformers():
+            for name, parameter in encoder.model.named_parameters():
+                if name.startswith("pooler."):
+                    parameter.requires_grad_(False)  # kept for whoever loads it, but nothing here trains it
+
+    @property
+    def turn_separator(self) -> str:
+        return TURN_SEPARATOR if self._turn_separator is None else self._turn_separator
+
+    @property
+    def share_encoders(self) -> bool:
+        """Whether one encoder reads both sides."""
+        return not isinstance(self[0], Router)
+
+    def _transformers(self) -> list[Transformer]:
+        """The encoders: the context's and the candidate's, or the one for both."""
+        if isinstance(self[0], Router):
+            return [self[0].sub_modules["query"][0], self[0].sub_modules["document"][0]]
+        return [self[0]] if isinstance(self[0], Transformer) else []
+
+    def _set_lengths(self, context: int | None, candidate: int | None) -> None:
+        encoders = self._transformers()
+        if len(encoders) == 1:
+            encoder = encoders[0]
+            encoder.max_seq_length = token_limit(encoder.tokenizer, encoder.model)
+            encoder.tokenizer.truncation_side = "left"
+            for name, wanted in (("query_length", context), ("document_length", candidate)):
+                if wanted is not None:
+                    setattr(encoder, name, token_limit(encoder.tokenizer, encoder.model, wanted))
+            return
+        for encoder, wanted, side in zip(encoders, (context, candidate), ("left", "right"), strict=True):
+            encoder.max_seq_length = token_limit(encoder.tokenizer, encoder.model, wanted)
+            encoder.tokenizer.truncation_side = side
+
+    # --- loading ---------------------------------------------------------------------------------------------------
+
+    def _load_default_modules(self, model_name_or_path: str, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        config_options = {
+            name: value for name, value in kwargs.items() if name in ("token", "revision", "local_files_only", "trust_remote_code")
+        }
+        config = AutoConfig.from_pretrained(model_name_or_path, cache_dir=kwargs.get("cache_folder"), **config_options)
+        if config.model_type == "poly-encoder":
+            raise ValueError(f"{model_name_or_path} is a Poly-encoder; load it with poly_encoders.PolyEncoder(path).")
+        modules, module_kwargs = super()._load_default_modules(model_name_or_path, **kwargs)
+        return self._arranged(list(modules)), module_kwargs
+
+    def _load_config_modules(self, model_name_or_path: str, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        modules, module_kwargs = super()._load_config_modules(model_name_or_path, **kwargs)
+        loaded = list(modules.values())
+        if self._saved is None and not isinstance(loaded[0], Router):  # a SentenceTransformer that is not ours
+            return self._arranged(loaded), {}
+        self._refuse_changes(model_name_or_path, shared=not isinstance(loaded[0], Router))
+        return modules, module_kwargs
+
+    def _load_converted_modules(self, model_name_or_path: str, *, model_type: str | None = None, **kwargs: Any) -> Any:
+        raise ValueError(
+            f"{model_name_or_path} is a {model_type}, not a BiEncoder, a SentenceTransformer or a plain encoder. "
+            f"Load it with {model_type}(path), or build a Bi-encoder on the encoder it was trained from."
+        )
+
+    def _arranged(self, modules: list[nn.Module]) -> list[nn.Module]:
+        """A stack of modules for both sides, made of a stack for one."""
+        if not isinstance(modules[0], Transformer):
+            raise ValueError(f"A Bi-encoder is built on a transformer encoder, not on a {type(modules[0]).__name__}.")
+        if any(isinstance(module, Normalize) for module in modules):
+            logger.warning("Dropped the checkpoint's Normalize module: a Bi-encoder's scores are plain dot products.")
+        modules = [module for module in modules if not isinstance(module, Normalize)]
+        if self._wishes["reduction"] is not None:
+            width = modules[0].get_embedding_dimension()
+            rest = [module for module in modules[1:] if not isinstance(module, (Pooling, FirstMMeanPooling))]
+            modules = [modules[0], self._new_pooling(width), *rest]
+        if self._wishes["share_encoders"]:
+            return modules
+        return [Router({"query": modules, "document": copy.deepcopy(modules)}, allow_empty_key=False)]
+
+    def _new_pooling(self, width: int) -> nn.Module:
+        if self._wishes["reduction"] == "first_m_mean":
+            return FirstMMeanPooling(width, 64 if self._wishes["m"] is None else self._wishes["m"])
+        return Pooling(width, "cls" if self._wishes["reduction"] == "first" else "mean")
+
+    def _refuse_changes(self, path: str, shared: bool) -> None:
+        saved = {**(self._saved or {}), "share_encoders": shared}
+        for name, wish in self._wishes.items():
+            if wish is not None and wish != saved.get(name, wish):
+                raise ValueError(
+                    f"{path} is a trained Bi-encoder with {name}={saved[name]!r}; {name}={wish!r} would need training "
+                    "anew. Leave the option out, or start from an encoder checkpoint."
+                )
+
+    def _parse_model_config(self, model_config: dict[str, Any]) -> None:
+        super()._parse_model_config(model_config)
+        self._saved = model_config.get("poly_encoders")
+        if self._saved is not None and self._turn_separator is None:
+            self._turn_separator = self._saved.get("turn_separator")
+
+    # --- saving ----------------------------------------------------------------------------------------------------
+
+    def _get_model_config(self) -> dict[str, Any]:
+        pooling = self._pooling()
+        reduction: dict[str, Any] = {}
+        if isinstance(pooling, FirstMMeanPooling):
+            reduction = {"reduction": "first_m_mean", "m": pooling.m}
+        elif isinstance(pooling, Pooling) and pooling.pooling_mode in ("cls", "mean"):
+            reduction = {"reduction": "first" if pooling.pooling_mode == "cls" else "mean"}
+        ours = {"share_encoders": self.share_encoders, "turn_separator": self.turn_separator, **reduction}
+        return {
+            **super()._get_model_config(),
+            # plain SentenceTransformer compares this with its own type, and subclasses share it
+            "model_type": SentenceTransformer.model_type,
+            "poly_encoders": ours,
+        }
+
+    def _pooling(self) -> nn.Module | None:
+        modules = list(self[0].sub_modules["query"]) if isinstance(self[0], Router) else list(self)
+        return next((module for module in modules if isinstance(module, (Pooling, FirstMMeanPooling))), None)
+
+    def save(self, path: str, *args: Any, **kwargs: Any) -> None:
+        """As upstream's, but a save that fails leaves what was at `path` as it was."""
+        save_staged(self._save_complete, path, *args, **kwargs)
+
+    def _save_complete(self, folder: str, *args: Any, **kwargs: Any) -> None:
+        super().save(folder, *args, **kwargs)
+        if isinstance(self._pooling(), FirstMMeanPooling):
+            _carry_pooling_code(Path(folder))
+
+
+def _carry_pooling_code(folder: Path) -> None:
+    """Save our pooling's source with the model, and name it so that sentence-transformers finds it there."""
+    shutil.copyfile(first_m_pooling.__file__, folder / "first_m_pooling.py")
+    for file in (folder / "modules.json", folder / "router_config.json"):
+        if file.exists():
+            text = file.read_text(encoding="utf-8")
+            file.write_text(json.dumps(json.loads(text.replace(_OURS, _BESIDE_THE_WEIGHTS)), indent=2), encoding="utf-8")
+
+
+__all__ = ["BiEncoder"]

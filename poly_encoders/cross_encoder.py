@@ -1,0 +1,211 @@
+"""The Cross-encoder: Humeau et al., arXiv:1905.01969, section 4.3: both texts in one pass, score = first(T(pair)) W.
+
+It is sentence-transformers' CrossEncoder with its own way from text to tokens: a context in any of its forms is segment
+0 and keeps its last tokens, a candidate is segment 1 and keeps its first, each to its own limit. What it saves loads
+with plain `sentence_transformers.CrossEncoder` and with `AutoModelForSequenceClassification`.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import sentence_transformers
+from sentence_transformers.base.modules import Transformer
+from tokenizers import Encoding
+from torch import nn
+
+from poly_encoders.conversations import TURN_SEPARATOR, Context, candidate_texts, context_texts
+from poly_encoders.lengths import token_limit
+from poly_encoders.two_sided import Ranked, clear_load_errors, ranking, ranking_inputs, save_staged
+
+
+class CrossEncoder(sentence_transformers.CrossEncoder):
+    r"""A Cross-encoder: scores a context and a candidate read together. The most exact of the three, and the slowest.
+
+    Args:
+        model_name_or_path: A saved Cross-encoder or any encoder, which gets a new scoring layer; a local folder or a
+            Hub id.
+        max_context_length, max_candidate_length: Tokens kept: the last of a context, the first of a candidate, special
+            tokens not counted. When left out, a candidate may take a quarter of the room, a context the rest.
+        turn_separator: Text between the turns of a conversation, `"\n"` for a new model.
+        **kwargs: All that `sentence_transformers.CrossEncoder` takes. A new model's `activation_fn` is the identity:
+            scores are raw and unbounded, comparable within one context.
+
+    Raises:
+        ValueError: limits that the encoder has no positions for.
+        OSError: files that are missing, truncated or corrupted.
+    """
+
+    def __init__(
+        self,
+        model_name_or_path: str | None = None,
+        *,
+        max_context_length: int | None = None,
+        max_candidate_length: int | None = None,
+        turn_separator: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._max_context_length = max_context_length
+        self._max_candidate_length = max_candidate_length
+        self._turn_separator = turn_separator
+        if kwargs.get("num_labels", 1) != 1:
+            raise ValueError(
+                f"This Cross-encoder ranks, so it has one score for a pair, not num_labels={kwargs['num_labels']}. "
+                "To classify pairs, use sentence_transformers.CrossEncoder."
+            )
+        with clear_load_errors(model_name_or_path):
+            super().__init__(model_name_or_path, **kwargs)
+        if self.num_labels != 1:
+            raise ValueError(
+                f"{model_name_or_path} gives {self.num_labels} values for a pair, not one score, so it cannot rank. "
+                "Load it with sentence_transformers.CrossEncoder."
+            )
+        if self.tokenizer.pad_token is None:  # decoders come without one, and the scoring layer must know it
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+            self[0].model.config.pad_token_id = self.tokenizer.pad_token_id
+        self.length_limits()  # a limit that cannot be kept is said on loading, not on the first long text
+
+    @property
+    def turn_separator(self) -> str:
+        """Text between the turns of a conversation."""
+        return TURN_SEPARATOR if self._turn_separator is None else self._turn_separator
+
+    def length_limits(self) -> tuple[int, int]:
+        """Tokens kept of a context and of a candidate, special tokens not counted.
+
+        Raises:
+            ValueError: the two together do not fit the encoder.
+        """
+        encoder: Transformer = self[0]
+        room = token_limit(encoder.tokenizer, encoder.model) - encoder.tokenizer.num_special_tokens_to_add(pair=True)
+        candidate = max(1, room // 4) if self._max_candidate_length is None else self._max_candidate_length
+        context = room - candidate if self._max_context_length is None else self._max_context_length
+        if min(context, candidate) < 1 or context + candidate > room:
+            raise ValueError(
+                f"max_context_length={context} and max_candidate_length={candidate} must each be at least 1 and "
+                f"together at most {room}, which is what the encoder has positions for beside its special tokens."
+            )
+        return context, candidate
+
+    def preprocess(
+        self, inputs: Sequence[Sequence[Any]], prompt: str | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Token features of (context, candidate) pairs, `(batch, length)` int64.
+
+        Args:
+            inputs: Pairs of a context, in any of its forms, and a candidate text.
+            prompt: Put before each context.
+
+        Raises:
+            TypeError, ValueError: an input that is no pair, or no text.
+        """
+        if len(inputs) == 0:
+            return {}
+        for position, pair in enumerate(inputs):
+            if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+                raise ValueError(f"Item {position} is no pair of a context and a candidate, but {pair!r:.80}.")
+        contexts = context_texts([pair[0] for pair in inputs], self.turn_separator)
+        candidates = candidate_texts([pair[1] for pair in inputs])
+        keep_context, keep_candidate = self.length_limits()
+        rows = _PairTokenizer(self[0].tokenizer, keep_context, keep_candidate, prompt)(contexts, candidates)
+        features = dict(self[0].tokenizer.pad(rows, padding=True, return_tensors="pt"))
+        if not self._knows_segments():
+            features.pop("token_type_ids", None)
+        return {**features, "modality": "text"}
+
+    def _knows_segments(self) -> bool:
+        return getattr(self[0].model.config, "type_vocab_size", 0) > 1
+
+    def is_singular_input(self, inputs: Any) -> bool:  # type: ignore[override]
+        """Whether `inputs` is one pair: two items, the second a text, the first a context."""
+        if not isinstance(inputs, (list, tuple)) or len(inputs) != 2 or not isinstance(inputs[1], str):
+            return False
+        return True
+
+    def rank(  # type: ignore[override]
+        self,
+        query: Context,
+        documents: Sequence[str],
+        top_k: int | None = None,
+        return_documents: bool = False,
+        **kwargs: Any,
+    ) -> list[Ranked]:
+        """Rank candidates for one context: arguments and result as `PolyEncoder.rank` and upstream's."""
+        text, texts = ranking_inputs(query, documents, self.turn_separator, top_k)
+        if not texts:
+            return []
+        scores = self.predict([(text, candidate) for candidate in texts], convert_to_tensor=True, **kwargs)
+        return ranking(scores, texts, top_k, return_documents)
+
+    def get_default_activation_fn(self) -> Any:
+        """The saved activation, else the identity: scores are raw."""
+        config = self.config
+        saved = "activation_fn" in (getattr(config, "sentence_transformers", None) or {})
+        if saved or getattr(config, "sbert_ce_default_activation_function", None) is not None:
+            return super().get_default_activation_fn()
+        return nn.Identity()
+
+    # --- loading and saving ----------------------------------------------------------------------------------------
+
+    def _load_converted_modules(self, model_name_or_path: str, *, model_type: str | None = None, **kwargs: Any) -> Any:
+        if model_type != sentence_transformers.SentenceTransformer.model_type:
+            raise ValueError(
+                f"{model_name_or_path} is a {model_type}, not a CrossEncoder or an encoder. Load it with {model_type}(path)."
+            )
+        return super()._load_converted_modules(model_name_or_path, model_type=model_type, **kwargs)
+
+    def _parse_model_config(self, model_config: dict[str, Any]) -> None:
+        super()._parse_model_config(model_config)
+        for name, value in model_config.get("poly_encoders", {}).items():
+            attribute = f"_{name}"
+            if getattr(self, attribute, value) is None:  # what the caller gave comes first
+                setattr(self, attribute, value)
+
+    def _get_model_config(self) -> dict[str, Any]:
+        context, candidate = self.length_limits()
+        ours = {
+            "max_context_length": context,
+            "max_candidate_length": candidate,
+            "turn_separator": self.turn_separator,
+        }
+        return {**super()._get_model_config(), "poly_encoders": ours}
+
+    def save(self, path: str, *args: Any, **kwargs: Any) -> None:
+        """As upstream's, but a save that fails leaves what was at `path` as it was."""
+        save_staged(super().save, path, *args, **kwargs)
+
+
+class _PairTokenizer:
+    """Texts to rows of token ids: each side cut on its own side, the tokenizer's own special tokens between."""
+
+    def __init__(self, tokenizer: Any, keep_context: int, keep_candidate: int, prompt: str | None) -> None:
+        self.tokenizer = tokenizer
+        self.keep_candidate = keep_candidate
+        self.prompt = self._encoded([prompt])[0] if prompt else None
+        self.keep_context = keep_context - (len(self.prompt) if self.prompt is not None else 0)
+        if self.keep_context < 1:
+            raise ValueError(f"The prompt {prompt!r} alone fills the {keep_context} tokens kept of a context. Shorten it.")
+
+    def __call__(self, contexts: list[str], candidates: list[str]) -> list[dict[str, list[int]]]:
+        pairs = zip(self._encoded(contexts), self._encoded(candidates), strict=True)
+        return [self._row(context, candidate) for context, candidate in pairs]
+
+    def _encoded(self, texts: list[str]) -> list[Any]:
+        """Without special tokens: `tokenizers.Encoding`s of a fast tokenizer, lists of ids of a slow one."""
+        batch = self.tokenizer(texts, add_special_tokens=False, truncation=False, padding=False, verbose=False)
+        return batch.encodings if self.tokenizer.is_fast else batch["input_ids"]
+
+    def _row(self, context: Any, candidate: Any) -> dict[str, list[int]]:
+        if not self.tokenizer.is_fast:
+            return dict(
+                self.tokenizer.prepare_for_model(
+                    (self.prompt or []) + context[-self.keep_context :],
+                    candidate[: self.keep_candidate],
+                    return_token_type_ids=True,
+                )
+            )
+        context.truncate(self.keep_context, direction="left")
+        candidate.truncate(self.keep_candidate, direction="right")
+        if self.prompt is not None:
+            context = Encoding.merge([self.prompt, context], growing_offsets=True)
+        row = self.tokenizer.backend_tokenizer.post_process(context, candidate, add_special_tokens=True)
+        return {"input_ids": row.ids, "token_type_ids": row.type_ids, "attention_mask": row.attention_mask}

@@ -1,0 +1,171 @@
+"""What the Bi-encoder and the Poly-encoder share: two sides, contexts in all their forms, ranking, safe saving."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, TypedDict
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from sentence_transformers import SentenceTransformer
+
+from poly_encoders.conversations import Context, candidate_texts, context_text, context_texts, is_single_context
+from poly_encoders.modeling import staged_folder
+
+Task = Literal["query", "document"]
+
+ASK_FOR_A_SIDE = (
+    "Contexts and candidates are read differently, so the model must know which these are: call encode_query(contexts) "
+    "or encode_document(candidates), or pass task='query' or task='document'."
+)
+
+
+class Ranked(TypedDict, total=False):
+    """One entry of a ranking, as sentence-transformers' `CrossEncoder.rank` gives it."""
+
+    corpus_id: int  # position in the list of candidates
+    score: float  # comparable only within one context
+    text: str  # with return_documents=True
+
+
+class TwoSidedEncoder(SentenceTransformer):
+    """A SentenceTransformer that encodes contexts and candidates apart. Base of `PolyEncoder` and `BiEncoder`."""
+
+    @property
+    def turn_separator(self) -> str:
+        """Text between the turns of a conversation."""
+        raise NotImplementedError
+
+    def vector_shape(self, task: Task) -> tuple[int, ...]:
+        """Shape of one text's vectors on this side."""
+        return (self.get_embedding_dimension() or 0,)
+
+    def context_texts(self, contexts: Any) -> list[str]:
+        """A batch of contexts as the texts that the tokenizer sees."""
+        return context_texts(contexts, self.turn_separator)
+
+    def encode(  # type: ignore[override]
+        self, inputs: Any, *args: Any, task: Task | None = None, output_value: Any = "sentence_embedding", **kwargs: Any
+    ) -> Any:
+        """Encode contexts (`task="query"`) or candidates (`"document"`); options as `SentenceTransformer.encode`.
+
+        Raises:
+            ValueError: no side named, or vectors that are not finite.
+            TypeError: an input that is no text (no conversation, on the context side).
+        """
+        if task not in ("query", "document"):
+            raise ValueError(ASK_FOR_A_SIDE)
+        single = is_single_context(inputs) if task == "query" else isinstance(inputs, str)
+        batch = [inputs] if single else inputs
+        texts = self.context_texts(batch) if task == "query" else candidate_texts(batch)
+        vectors = super().encode(texts, *args, task=task, output_value=output_value, **kwargs)
+        if output_value == "sentence_embedding":
+            vectors = self._checked(vectors, task)
+        return vectors[0] if single else vectors
+
+    def _checked(self, vectors: Any, task: Task) -> Any:
+        if len(vectors) == 0:  # upstream's has lost its axes
+            if isinstance(vectors, list):
+                return vectors
+            empty = torch.empty((0, *self.vector_shape(task)), device=getattr(vectors, "device", None))
+            return empty.numpy() if isinstance(vectors, np.ndarray) else empty
+        parts = vectors if isinstance(vectors, list) else [vectors]
+        if not all(bool(torch.as_tensor(part).isfinite().all()) for part in parts):
+            raise ValueError(
+                "The model gave vectors with NaN or infinity: its weights are broken, or overflow in this precision. "
+                "Load a good checkpoint, or use float32."
+            )
+        return vectors
+
+    def preprocess(
+        self, inputs: Sequence[Any], prompt: str | None = None, task: Task | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Token features of one side; contexts in any of their forms."""
+        if task not in ("query", "document"):
+            raise ValueError(ASK_FOR_A_SIDE)
+        texts = self.context_texts(inputs) if task == "query" else candidate_texts(inputs)
+        return super().preprocess(texts, prompt=prompt, task=task, **kwargs)
+
+    def rank(
+        self,
+        context: Context,
+        candidates: Sequence[str],
+        top_k: int | None = None,
+        return_documents: bool = False,
+        *,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int = 32,
+        show_progress_bar: bool | None = None,
+        device: str | None = None,
+    ) -> list[Ranked]:
+        """Rank candidates for one context.
+
+        Args:
+            context: A text, a list of turns, or a list of chat messages, oldest first.
+            candidates: The texts to choose from; an empty list gives an empty ranking.
+            top_k: How many to return; all when left out.
+            return_documents: Add the candidate's text to each entry.
+            prompt_name, prompt: Put before the context, as in `encode_query`.
+            batch_size, show_progress_bar, device: As in `encode`.
+
+        Returns:
+            `[{"corpus_id": position, "score": float, "text": ...}, ...]`, best first; equal scores in the order given.
+
+        Raises:
+            TypeError, ValueError: as `encode`.
+        """
+        text, texts = ranking_inputs(context, candidates, self.turn_separator, top_k)
+        if not texts:
+            return []
+        options: dict[str, Any] = {"batch_size": batch_size, "device": device, "convert_to_tensor": True}
+        contexts = self.encode_query([text], prompt_name=prompt_name, prompt=prompt, show_progress_bar=False, **options)
+        vectors = self.encode_document(texts, show_progress_bar=show_progress_bar, **options)
+        return ranking(self.similarity(contexts, vectors)[0], texts, top_k, return_documents)
+
+    def save(self, path: str, *args: Any, **kwargs: Any) -> None:
+        """As upstream's, but a save that fails leaves what was at `path` as it was."""
+        save_staged(super().save, path, *args, **kwargs)
+
+
+def ranking_inputs(context: Any, candidates: Any, separator: str, top_k: int | None) -> tuple[str, list[str]]:
+    """The checked texts of a ranking."""
+    if top_k is not None and top_k < 0:
+        raise ValueError(f"top_k must be at least 0, or None for all, got {top_k}.")
+    return context_text(context, separator), candidate_texts(candidates)
+
+
+def ranking(scores: torch.Tensor, texts: list[str], top_k: int | None, return_documents: bool) -> list[Ranked]:
+    """`(n,)` scores as a ranking, equal ones in the order given."""
+    if not bool(scores.isfinite().all()):
+        raise ValueError("The model gave scores with NaN or infinity: its weights are broken. Load a good checkpoint.")
+    values, order = scores.sort(descending=True, stable=True)
+    entries = [Ranked(corpus_id=i, score=value) for i, value in zip(order.tolist(), values.tolist(), strict=True)]
+    if return_documents:
+        for entry in entries:
+            entry["text"] = texts[entry["corpus_id"]]
+    return entries[:top_k]
+
+
+def save_staged(save: Callable[..., None], path: Any, *args: Any, **kwargs: Any) -> None:
+    """Run a `save(path, ...)` so that it writes beside `path` and moves in when complete; safetensors only."""
+    if path is None:
+        raise ValueError("Give the folder to save the model to.")
+    if not kwargs.get("safe_serialization", True):
+        raise ValueError("Models are saved as safetensors only: leave safe_serialization at True.")
+    with staged_folder(path) as staging:
+        save(staging, *args, **kwargs)
+
+
+@contextmanager
+def clear_load_errors(path: Any) -> Iterator[None]:
+    """Say of weights that cannot be read what is wrong with them and what to do."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(
+            f"The weights in {path} are truncated or corrupted ({error}). Download or save the model again."
+        ) from error
+
+
