@@ -1,0 +1,66 @@
+"""Shared fixtures. Nothing here reaches a network."""
+
+import os
+import sys
+from copy import deepcopy
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+sys.path.insert(0, str(Path(__file__).parent))
+
+import pytest  # noqa: E402
+import tiny  # noqa: E402
+import torch  # noqa: E402
+from sentence_transformers import SentenceTransformer  # noqa: E402
+from sentence_transformers.base.modules import Transformer  # noqa: E402
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling  # noqa: E402
+from transformers import AutoModel  # noqa: E402
+
+from poly_encoders import PolyEncoder  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    """A function from a family's name to the folder of a tiny encoder checkpoint with its tokenizer."""
+    made: dict[str, str] = {}
+
+    def folder(family: str = "bert") -> str:
+        if family not in made:
+            path = tmp_path_factory.mktemp(f"tiny-{family}")
+            torch.manual_seed(1)
+            AutoModel.from_config(tiny.family_config(family)).save_pretrained(path)
+            tiny.make_tokenizer(left=family in tiny.LEFT_PADDED).save_pretrained(path)
+            made[family] = str(path)
+        return made[family]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sentence_transformer_folder(checkpoints, tmp_path_factory):
+    """A tiny SentenceTransformer: mean pooling, then normalised."""
+    encoder = Transformer(checkpoints("bert"))
+    path = tmp_path_factory.mktemp("tiny-sentence-transformer")
+    SentenceTransformer(modules=[encoder, Pooling(tiny.WIDTH, "mean"), Normalize()], device="cpu").save(str(path))
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def _poly_encoder(checkpoints):
+    torch.manual_seed(0)
+    return PolyEncoder(checkpoints("bert"), num_codes=4, device="cpu", config_kwargs={"code_std": 1.0})
+
+
+@pytest.fixture
+def poly_encoder(_poly_encoder):
+    """A tiny PolyEncoder of one's own: a test may train or break it."""
+    return deepcopy(_poly_encoder)
+
+
+@pytest.fixture(scope="session")
+def saved_poly_encoder(_poly_encoder, tmp_path_factory):
+    """The folder that the tiny PolyEncoder saves; read only."""
+    path = tmp_path_factory.mktemp("saved") / "poly"
+    _poly_encoder.save_pretrained(str(path))
+    return path

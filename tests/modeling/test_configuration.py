@@ -1,0 +1,82 @@
+"""PolyEncoderConfig: defaults, checks, JSON."""
+
+import pytest
+import tiny
+from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassFieldValidationError
+from transformers import AutoConfig, BertConfig
+
+from poly_encoders import PolyEncoderConfig
+
+
+def test_works_with_no_arguments():
+    config = PolyEncoderConfig()
+    assert isinstance(config.context_encoder, BertConfig)
+    assert isinstance(config.candidate_encoder, BertConfig)
+    assert config.candidate_encoder is not config.context_encoder
+    assert config.num_codes == 64
+
+
+def test_json_round_trip(tmp_path):
+    config = tiny.poly_config("roberta", num_codes=7, context_vectors="last_m", turn_separator=" | ")
+    config.save_pretrained(tmp_path)
+    again = AutoConfig.from_pretrained(tmp_path)
+    assert isinstance(again, PolyEncoderConfig)
+    assert {**again.to_dict(), "_name_or_path": ""} == config.to_dict()
+
+
+def test_shared_encoders_have_one_configuration(tmp_path):
+    config = tiny.poly_config(share_encoders=True)
+    config.save_pretrained(tmp_path)
+    assert PolyEncoderConfig.from_pretrained(tmp_path).candidate_encoder is None
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"num_codes": 0}, "at least 1"),
+        ({"num_codes": -3}, "at least 1"),
+        ({"output_scaling": 0.0}, "output_scaling"),
+        ({"output_scaling": float("nan")}, "output_scaling"),
+        ({"code_std": -1.0}, "code_std"),
+        ({"max_context_length": 0}, "max_context_length"),
+        ({"candidate_encoder": tiny.family_config("bert", width=16)}, "32 wide, the candidate encoder 16"),
+        ({"candidate_encoder": tiny.family_config("bert"), "share_encoders": True}, "share_encoders=True"),
+    ],
+)
+def test_values_out_of_range_are_named(options, said):
+    with pytest.raises(StrictDataclassClassValidationError, match=said):
+        tiny.poly_config(**options)
+
+
+@pytest.mark.parametrize(
+    "options", [{"num_codes": "many"}, {"context_vectors": "middle_m"}, {"candidate_vector": "max"}, {"code_attention": "cosine"}]
+)
+def test_values_of_a_wrong_kind_are_refused(options):
+    with pytest.raises(StrictDataclassFieldValidationError):
+        tiny.poly_config(**options)
+
+
+def test_a_misspelt_option_is_not_swallowed():
+    with pytest.raises(ValueError, match="num_codes"):
+        PolyEncoderConfig(num_code=3)
+
+
+def test_a_sub_configuration_needs_its_family():
+    with pytest.raises(ValueError, match="model_type"):
+        PolyEncoderConfig(context_encoder={"hidden_size": 32})
+
+
+def test_another_architecture_is_refused(tmp_path):
+    tiny.family_config("bert").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="'bert'"):
+        PolyEncoderConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(("kind", "vectors"), [("learnt_codes", 5), ("first_m", 5), ("last_m", 5), ("first_and_last_m", 6)])
+def test_number_of_context_vectors(kind, vectors):
+    assert tiny.poly_config(num_codes=5, context_vectors=kind).num_context_vectors == vectors
+
+
+def test_common_options_reach_both_encoders():
+    config = PolyEncoderConfig(hidden_size=48, num_attention_heads=4)
+    assert config.context_encoder.hidden_size == config.candidate_encoder.hidden_size == config.hidden_size == 48

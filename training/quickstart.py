@@ -1,0 +1,168 @@
+"""The quick start: train on real conversations from PyPI, measure before and after, rank replies.
+
+    python -m poly_encoders.training.quickstart              a Poly-encoder, minutes on two CPU cores
+    python -m poly_encoders.training.quickstart --compare    all three encoders on the same examples, with their times
+
+Nothing is loaded from a hub.
+"""
+
+import argparse
+import json
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from datasets.utils.logging import disable_progress_bar
+from rich.console import Console
+from rich.table import Table
+from transformers.utils import logging as transformers_logging
+
+from poly_encoders import CandidateRankingEvaluator
+from poly_encoders.training.arguments import Architecture
+from poly_encoders.training.chitchat import chitchat_ranking_sets
+from poly_encoders.training.train import Options, build_trainer, parse_options
+
+CONFIG = Path(__file__).parent / "configs" / "chitchat_quickstart.yaml"
+NAMES: dict[str, str] = {"bi-encoder": "Bi-encoder", "poly-encoder": "Poly-encoder", "cross-encoder": "Cross-encoder"}
+
+DIALOGUE = ["Hi! How was your weekend?", "Great, we went hiking in the mountains. Do you like being outdoors?"]
+REPLIES = [
+    "Yes, I go camping with my brother every summer.",
+    "I had the pasta, it was a bit too salty.",
+    "No, I have never seen that movie.",
+    "She is studying to become a nurse.",
+    "My computer broke down yesterday.",
+]
+
+console = Console()
+
+
+@dataclass
+class Result:
+    """What one encoder reached, and what it cost."""
+
+    architecture: Architecture
+    before: dict[str, float]
+    after: dict[str, float]
+    training_seconds: float
+    examples: int
+    rank_1000_milliseconds: float  # one context against 1,000 candidates; vectors cached where the encoder can
+    precision: str
+
+
+def main(argv: Sequence[str] | None = None) -> list[Result]:
+    """Run the quick start or, with `--compare`, the comparison; returns what was measured."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--compare", action="store_true", help="train and time all three encoders")
+    parser.add_argument("--output", default="models", help="folder to save the models to (default: %(default)s)")
+    parser.add_argument("--sets", type=int, default=None, help="test sets to rank; all by default, 2000 for --compare")
+    own, overrides = parser.parse_known_args(argv)
+    logging.basicConfig(level=logging.WARNING)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
+    logging.getLogger("poly_encoders").setLevel(logging.ERROR)
+    disable_progress_bar()
+
+    architectures: list[Architecture] = ["bi-encoder", "poly-encoder", "cross-encoder"] if own.compare else ["poly-encoder"]
+    limit = own.sets if own.sets is not None else 2000 if own.compare else None
+    results = []
+    for architecture in architectures:
+        folder = Path(own.output) / f"quickstart-{architecture}"
+        options = parse_options(
+            ["--config", str(CONFIG), "--architecture", architecture, "--output_dir", str(folder), *overrides]
+        )
+        results.append(_run(options, limit))
+        _print_quality(results[-1], limit)
+    if own.compare:
+        _print_comparison(results)
+        file = Path(own.output) / "comparison.json"
+        file.write_text(json.dumps([vars(result) for result in results], indent=2) + "\n", encoding="utf-8")
+        console.print(f"Written to {file}.")
+    return results
+
+
+def _run(options: Options, limit: int | None) -> Result:
+    architecture, training = options.model.architecture, options.training
+    name = NAMES[architecture]
+    console.rule(f"[bold]{name}")
+    trainer: Any = build_trainer(options)
+    model = trainer.model
+    sets = chitchat_ranking_sets("test", size=20, seed=0, limit=limit)
+    evaluator = CandidateRankingEvaluator(sets, at_k=(1, 5), batch_size=64)
+    precision = "bfloat16" if training.bf16 else "float32"
+    examples = training.max_steps * training.train_batch_size
+
+    console.print(f"Ranking 20 replies for each of {len(sets):,} test contexts, before training ({precision}) ...")
+    before = _evaluate(evaluator, model, training.bf16)
+    console.print(f"Training on {examples:,} examples, {training.max_steps} steps ...")
+    start = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - start
+    console.print("Ranking again, after training ...")
+    after = _evaluate(evaluator, model, training.bf16)
+    model.save_pretrained(training.output_dir)
+    console.print(f"Saved to {training.output_dir}.")
+    for entry in model.rank(DIALOGUE, REPLIES, return_documents=True):
+        console.print(f"  {entry['score']:8.2f}  {entry['text']}", highlight=False)
+    return Result(architecture, before, after, seconds, examples, _time_ranking(model, sets, training.bf16), precision)
+
+
+def _evaluate(evaluator: CandidateRankingEvaluator, model: Any, bf16: bool) -> dict[str, float]:
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+        return evaluator(model)
+
+
+def _time_ranking(model: Any, sets: list[dict[str, Any]], bf16: bool, repeats: int = 5) -> float:
+    """Median milliseconds to score 1,000 candidates for one context."""
+    texts = list(dict.fromkeys(text for ranked in sets for text in ranked["candidates"]))[:1000]
+    two_sided = hasattr(model, "encode_document")
+    times = []
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+        vectors = model.encode_document(texts, convert_to_tensor=True, show_progress_bar=False) if two_sided else None
+        for ranked in sets[: repeats if two_sided else 1]:
+            start = time.perf_counter()
+            if two_sided:
+                context = model.encode_query([ranked["context"]], convert_to_tensor=True, show_progress_bar=False)
+                model.similarity(context, vectors).topk(10)
+            else:
+                model.rank(ranked["context"], texts, top_k=10, batch_size=64, show_progress_bar=False)
+            times.append(1000 * (time.perf_counter() - start))
+    return median(times)
+
+
+def _print_quality(result: Result, limit: int | None) -> None:
+    sets = "the whole test split" if limit is None else f"{limit:,} test contexts"
+    table = Table(title=f"{NAMES[result.architecture]} on ChitChat, 20 candidates, {sets}")
+    table.add_column("")
+    for heading in ("R@1/20", "R@5/20", "MRR"):
+        table.add_column(heading, justify="right")
+    for heading, metrics in (("before training", result.before), ("after training", result.after)):
+        table.add_row(heading, *(f"{metrics[key]:.4f}" for key in ("recall@1", "recall@5", "mrr")))
+    gain = [result.after[key] - result.before[key] for key in ("recall@1", "recall@5", "mrr")]
+    table.add_row("gain", *(f"{value:+.4f}" for value in gain), style="bold green" if gain[0] > 0 else "bold red")
+    console.print(table)
+
+
+def _print_comparison(results: list[Result]) -> None:
+    table = Table(title=f"The three encoders, each trained on the same {results[0].examples:,} examples")
+    for heading in ("", "R@1/20 before", "R@1/20", "R@5/20", "MRR", "training", "1,000 candidates"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for result in results:
+        table.add_row(
+            NAMES[result.architecture],
+            f"{result.before['recall@1']:.4f}",
+            *(f"{result.after[key]:.4f}" for key in ("recall@1", "recall@5", "mrr")),
+            f"{result.training_seconds / 60:.1f} min",
+            f"{result.rank_1000_milliseconds:.0f} ms",
+        )
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()
