@@ -76,8 +76,8 @@ class PolyEncoderConfig(PreTrainedConfig):
     model_type = "poly-encoder"
     sub_configs = {"context_encoder": AutoConfig, "candidate_encoder": AutoConfig}  # noqa: RUF012  (upstream's form)
 
-    context_encoder: PreTrainedConfig | dict | None = None
-    candidate_encoder: PreTrainedConfig | dict | None = None
+    context_encoder: Any = None  # given as PreTrainedConfig, dict or None; always a PreTrainedConfig afterwards
+    candidate_encoder: Any = None  # likewise, or None for shared encoders
     share_encoders: bool = False
     context_vectors: Literal["learnt_codes", "first_m", "last_m", "first_and_last_m"] = "learnt_codes"
     num_codes: int = 64

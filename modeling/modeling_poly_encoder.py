@@ -143,8 +143,9 @@ class PolyEncoderModel(PreTrainedModel):
         super().__init__(config)
         self.context_encoder = self._adopt("context_encoder", context_encoder)
         if not config.share_encoders:
-            # One registered module where encoders are shared: one set of weights in memory and in the file.
-            self.candidate_encoder = self._adopt("candidate_encoder", candidate_encoder)
+            # One registered module where encoders are shared: one set of weights in memory and in the file. Registered
+            # by hand, because the name is a property too, which is there in either case.
+            self._modules["candidate_encoder"] = self._adopt("candidate_encoder", candidate_encoder)
         if config.context_vectors == "learnt_codes":
             self.codes = nn.Parameter(torch.empty(config.num_codes, config.hidden_size))
         towers = (self.context_encoder, self.candidate_encoder)
@@ -168,7 +169,7 @@ class PolyEncoderModel(PreTrainedModel):
     @property
     def candidate_encoder(self) -> PreTrainedModel:
         """The backbone that reads candidates; the context's own where encoders are shared."""
-        return self._modules.get("candidate_encoder", self.context_encoder)  # type: ignore[return-value]
+        return self._modules.get("candidate_encoder") or self.context_encoder
 
     @property
     def final_scale(self) -> float:
@@ -204,8 +205,10 @@ class PolyEncoderModel(PreTrainedModel):
         context_encoder = _load_backbone(context, **kwargs)
         candidate_encoder = None
         if not ours.get("share_encoders"):
-            same = candidate is None or candidate == context
-            candidate_encoder = copy.deepcopy(context_encoder) if same else _load_backbone(candidate, **kwargs)
+            if candidate is None or candidate == context:
+                candidate_encoder = copy.deepcopy(context_encoder)
+            else:
+                candidate_encoder = _load_backbone(candidate, **kwargs)
         # Copies, because a new composite configuration resets the attention of its parts; _adopt brings theirs back.
         config = PolyEncoderConfig(
             context_encoder=copy.deepcopy(context_encoder.config),
@@ -291,8 +294,9 @@ class PolyEncoderModel(PreTrainedModel):
         options = self._output_options(output_attentions, output_hidden_states)
         inputs = _backbone_inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         context = self.run_encoder("context", inputs, **options)
+        context_vectors = self.reduce_context(context.last_hidden_state, inputs["attention_mask"])
         output = PolyEncoderOutput(
-            context_vectors=self.reduce_context(context.last_hidden_state, inputs["attention_mask"]),
+            context_vectors=context_vectors,
             hidden_states=context.hidden_states,
             attentions=context.attentions,
         )
@@ -309,10 +313,11 @@ class PolyEncoderModel(PreTrainedModel):
         inputs = _backbone_inputs(*flat)
         candidates = self.run_encoder("candidate", inputs, **options)
         vectors = self.reduce_candidate(candidates.last_hidden_state, inputs["attention_mask"])
-        output.candidate_vectors = vectors.unflatten(0, leading)
+        candidate_vectors = vectors.unflatten(0, leading)
+        output.candidate_vectors = candidate_vectors
         output.candidate_hidden_states = candidates.hidden_states
         output.candidate_attentions = candidates.attentions
-        output.scores = poly_score(output.context_vectors, output.candidate_vectors, self.final_scale)
+        output.scores = poly_score(context_vectors, candidate_vectors, self.final_scale)
         if labels is not None:
             output.loss = cross_entropy(output.scores, labels)
         return output
@@ -431,9 +436,9 @@ def _backbone_inputs(
     inputs_embeds: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """The given inputs without the `None`s, with a mask of ones where there is none."""
-    if (input_ids is None) == (inputs_embeds is None):
-        raise ValueError("Give the contexts as input_ids (batch, length) or as inputs_embeds, one of the two.")
-    shaped = inputs_embeds[..., 0] if input_ids is None else input_ids
+    shaped = input_ids if inputs_embeds is None else inputs_embeds[..., 0]
+    if shaped is None or (input_ids is not None and inputs_embeds is not None):
+        raise ValueError("Give the texts as input_ids (batch, length) or as inputs_embeds, one of the two.")
     if shaped.dim() != 2:
         raise ValueError(f"Token inputs must have shape (batch, length), got {tuple(shaped.shape)}.")
     if attention_mask is None:

@@ -26,6 +26,9 @@ from poly_encoders.two_sided import TwoSidedEncoder, clear_load_errors, save_sta
 
 logger = logging.getLogger(__name__)
 
+# Outputs that first_m_mean averages unless told, as many as a Poly-encoder has codes.
+DEFAULT_M = 64
+
 _OURS = f"{FirstMMeanPooling.__module__}.{FirstMMeanPooling.__name__}"
 _BESIDE_THE_WEIGHTS = f"first_m_pooling.{FirstMMeanPooling.__name__}"
 
@@ -72,7 +75,7 @@ class BiEncoder(TwoSidedEncoder):
             raise ValueError(f"m={m} belongs to reduction='first_m_mean', but the reduction is {reduction!r}.")
         if reduction not in (None, "first", "mean", "first_m_mean"):
             raise ValueError(f"reduction must be 'first', 'mean' or 'first_m_mean', got {reduction!r}.")
-        self._wishes = {"reduction": reduction, "m": m, "share_encoders": share_encoders}
+        self._wishes: dict[str, Any] = {"reduction": reduction, "m": m, "share_encoders": share_encoders}
         self._saved: dict[str, Any] | None = None
         self._turn_separator = turn_separator
         kwargs.setdefault("similarity_fn_name", "dot")
@@ -117,7 +120,9 @@ class BiEncoder(TwoSidedEncoder):
 
     def _load_default_modules(self, model_name_or_path: str, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
         config_options = {
-            name: value for name, value in kwargs.items() if name in ("token", "revision", "local_files_only", "trust_remote_code")
+            name: value
+            for name, value in kwargs.items()
+            if name in ("token", "revision", "local_files_only", "trust_remote_code")
         }
         config = AutoConfig.from_pretrained(model_name_or_path, cache_dir=kwargs.get("cache_folder"), **config_options)
         if config.model_type == "poly-encoder":
@@ -141,22 +146,22 @@ class BiEncoder(TwoSidedEncoder):
 
     def _arranged(self, modules: list[nn.Module]) -> list[nn.Module]:
         """A stack of modules for both sides, made of a stack for one."""
-        if not isinstance(modules[0], Transformer):
-            raise ValueError(f"A Bi-encoder is built on a transformer encoder, not on a {type(modules[0]).__name__}.")
+        encoder: Any = modules[0]
+        if not isinstance(encoder, Transformer):
+            raise ValueError(f"A Bi-encoder is built on a transformer encoder, not on a {type(encoder).__name__}.")
         if any(isinstance(module, Normalize) for module in modules):
             logger.warning("Dropped the checkpoint's Normalize module: a Bi-encoder's scores are plain dot products.")
         modules = [module for module in modules if not isinstance(module, Normalize)]
         if self._wishes["reduction"] is not None:
-            width = modules[0].get_embedding_dimension()
             rest = [module for module in modules[1:] if not isinstance(module, (Pooling, FirstMMeanPooling))]
-            modules = [modules[0], self._new_pooling(width), *rest]
+            modules = [encoder, self._new_pooling(encoder.get_embedding_dimension()), *rest]
         if self._wishes["share_encoders"]:
             return modules
         return [Router({"query": modules, "document": copy.deepcopy(modules)}, allow_empty_key=False)]
 
     def _new_pooling(self, width: int) -> nn.Module:
         if self._wishes["reduction"] == "first_m_mean":
-            return FirstMMeanPooling(width, 64 if self._wishes["m"] is None else self._wishes["m"])
+            return FirstMMeanPooling(width, self._wishes["m"] or DEFAULT_M)
         return Pooling(width, "cls" if self._wishes["reduction"] == "first" else "mean")
 
     def _refuse_changes(self, path: str, shared: bool) -> None:
@@ -211,7 +216,9 @@ def _carry_pooling_code(folder: Path) -> None:
     for file in (folder / "modules.json", folder / "router_config.json"):
         if file.exists():
             text = file.read_text(encoding="utf-8")
-            file.write_text(json.dumps(json.loads(text.replace(_OURS, _BESIDE_THE_WEIGHTS)), indent=2), encoding="utf-8")
+            file.write_text(
+                json.dumps(json.loads(text.replace(_OURS, _BESIDE_THE_WEIGHTS)), indent=2), encoding="utf-8"
+            )
 
 
 __all__ = ["BiEncoder"]

@@ -25,7 +25,7 @@ class PolyEncoderModelCardData(SentenceTransformerModelCardData):
 
     def run_usage_snippet(self) -> None:
         """Rank the example, so that the card shows what its snippet prints."""
-        ranking = self.model.rank(_CONTEXT, _CANDIDATES)  # type: ignore[union-attr]
+        ranking = self.model.rank(_CONTEXT, _CANDIDATES)
         self.similarities = "\n".join(f"# {entry['score']:.2f}  {_CANDIDATES[entry['corpus_id']]}" for entry in ranking)
 
     def generate_usage_snippet(self) -> str:
@@ -44,5 +44,5 @@ class PolyEncoderModelCardData(SentenceTransformerModelCardData):
 
     def get_model_specific_metadata(self) -> dict[str, Any]:
         metadata = super().get_model_specific_metadata()
-        config = self.model[0].config  # type: ignore[index]
+        config = self.model[0].config
         return metadata | {"config": config, "similarity_fn_name": "attention over the context vectors"}

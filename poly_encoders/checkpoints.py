@@ -42,11 +42,13 @@ def module_from_sentence_transformer(path: str, hub: dict[str, Any], options: "B
     separate = folders["query"] != folders["document"]
     if separate:
         if options.config.get("share_encoders"):
-            raise ValueError(f"{path} has an encoder for each side, which share_encoders=True would drop. Leave it out.")
+            raise ValueError(
+                f"{path} has an encoder for each side, which share_encoders=True would drop. Leave it out."
+            )
         local = {side: _local_folder(path, folder, hub) for side, folder in folders.items()}
         places: dict[str, Any] = {}
     else:
-        local = {side: path for side in folders}
+        local = dict.fromkeys(folders, path)
         places = {**hub, "subfolder": folders["query"]} if folders["query"] else hub
     ours = _read_json(path, "config_sentence_transformers.json", hub, default={}).get("poly_encoders", {})
     if "turn_separator" in ours:
@@ -91,7 +93,8 @@ def _read_sides(path: str, hub: dict[str, Any]) -> dict[str, list[tuple[str, str
         )
     return {
         side: [
-            (router["types"][name].rsplit(".", 1)[-1], str(PurePosixPath(root, name))) for name in router["structure"][side]
+            (router["types"][name].rsplit(".", 1)[-1], str(PurePosixPath(root, name)))
+            for name in router["structure"][side]
         ]
         + entries[1:]
         for side in ("query", "document")
@@ -102,7 +105,9 @@ def _pooling(path: str, modules: list[tuple[str, str]], hub: dict[str, Any], wis
     """The candidate vector that the checkpoint's pooling corresponds to."""
     for name, _ in modules:
         if name == "Normalize":
-            logger.warning("%s normalises its vectors; a Poly-encoder takes plain dot products, so that is dropped.", path)
+            logger.warning(
+                "%s normalises its vectors; a Poly-encoder takes plain dot products, so that is dropped.", path
+            )
         elif name not in ("Transformer", "Pooling", "FirstMMeanPooling"):
             raise ValueError(
                 f"{path} has a {name} module, which a Poly-encoder cannot carry over. Build on its encoder alone: "
@@ -132,7 +137,9 @@ def _pooling(path: str, modules: list[tuple[str, str]], hub: dict[str, Any], wis
 def _single(modules: list[tuple[str, str]], name: str, path: str) -> str:
     folders = [folder for module, folder in modules if module == name]
     if len(folders) != 1:
-        raise ValueError(f"{path} has {len(folders)} {name} modules on one side; a Poly-encoder is built on exactly one.")
+        raise ValueError(
+            f"{path} has {len(folders)} {name} modules on one side; a Poly-encoder is built on exactly one."
+        )
     return folders[0]
 
 
@@ -155,6 +162,6 @@ def _read_json(path: str, name: str, hub: dict[str, Any], folder: str = "", defa
 
 
 def _st_hub(hub: dict[str, Any]) -> dict[str, Any]:
-    """transformers' names of the Hub options as sentence-transformers' helpers want them."""
+    """Transformers' names of the Hub options as sentence-transformers' helpers want them."""
     names = {"cache_dir": "cache_folder"}
     return {names.get(name, name): value for name, value in hub.items()}

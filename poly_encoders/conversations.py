@@ -89,7 +89,7 @@ def checked_text(text: Any, what: str = "The text") -> str:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"{what} holds a lone surrogate ({text[error.start]!r}) at character {error.start}, which is no valid text. "
+            f"{what} holds a lone surrogate ({text[error.start]!r}) at character {error.start}, which is no text. "
             "Repair it with text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')."
         ) from None
     return str(text)

@@ -86,9 +86,7 @@ class CrossEncoder(sentence_transformers.CrossEncoder):
             )
         return context, candidate
 
-    def preprocess(
-        self, inputs: Sequence[Sequence[Any]], prompt: str | None = None, **kwargs: Any
-    ) -> dict[str, Any]:
+    def preprocess(self, inputs: Sequence[Sequence[Any]], prompt: str | None = None, **kwargs: Any) -> dict[str, Any]:
         """Token features of (context, candidate) pairs, `(batch, length)` int64.
 
         Args:
@@ -115,13 +113,11 @@ class CrossEncoder(sentence_transformers.CrossEncoder):
     def _knows_segments(self) -> bool:
         return getattr(self[0].model.config, "type_vocab_size", 0) > 1
 
-    def is_singular_input(self, inputs: Any) -> bool:  # type: ignore[override]
+    def is_singular_input(self, inputs: Any) -> bool:
         """Whether `inputs` is one pair: two items, the second a text, the first a context."""
-        if not isinstance(inputs, (list, tuple)) or len(inputs) != 2 or not isinstance(inputs[1], str):
-            return False
-        return True
+        return isinstance(inputs, (list, tuple)) and len(inputs) == 2 and isinstance(inputs[1], str)
 
-    def rank(  # type: ignore[override]
+    def rank(
         self,
         query: Context,
         documents: Sequence[str],
@@ -149,7 +145,8 @@ class CrossEncoder(sentence_transformers.CrossEncoder):
     def _load_converted_modules(self, model_name_or_path: str, *, model_type: str | None = None, **kwargs: Any) -> Any:
         if model_type != sentence_transformers.SentenceTransformer.model_type:
             raise ValueError(
-                f"{model_name_or_path} is a {model_type}, not a CrossEncoder or an encoder. Load it with {model_type}(path)."
+                f"{model_name_or_path} is a {model_type}, not a CrossEncoder or an encoder. "
+                f"Load it with {model_type}(path)."
             )
         return super()._load_converted_modules(model_name_or_path, model_type=model_type, **kwargs)
 
@@ -183,7 +180,9 @@ class _PairTokenizer:
         self.prompt = self._encoded([prompt])[0] if prompt else None
         self.keep_context = keep_context - (len(self.prompt) if self.prompt is not None else 0)
         if self.keep_context < 1:
-            raise ValueError(f"The prompt {prompt!r} alone fills the {keep_context} tokens kept of a context. Shorten it.")
+            raise ValueError(
+                f"The prompt {prompt!r} alone fills the {keep_context} tokens kept of a context. Shorten it."
+            )
 
     def __call__(self, contexts: list[str], candidates: list[str]) -> list[dict[str, list[int]]]:
         pairs = zip(self._encoded(contexts), self._encoded(candidates), strict=True)

@@ -32,7 +32,9 @@ class FirstMMeanPooling(Module):
         hidden = features["token_embeddings"]
         mask = features["attention_mask"] != 0
         mask = mask & (mask.cumsum(dim=-1) <= self.m)
-        total = (hidden * mask[..., None].to(hidden.dtype)).sum(dim=1, dtype=torch.promote_types(hidden.dtype, torch.float32))
+        total = (hidden * mask[..., None].to(hidden.dtype)).sum(
+            dim=1, dtype=torch.promote_types(hidden.dtype, torch.float32)
+        )
         features["sentence_embedding"] = (total / mask.sum(dim=-1, keepdim=True).clamp(min=1)).to(hidden.dtype)
         return features
 

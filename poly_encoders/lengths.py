@@ -52,7 +52,9 @@ def truncating(tokenizer: Any, side: Literal["left", "right"]) -> Iterator[None]
         tokenizer.truncation_side = before
 
 
-def prepend_prompt(prompt: str, texts: list[str], tokenizer: Any, limit: int, side: Literal["left", "right"]) -> list[str]:
+def prepend_prompt(
+    prompt: str, texts: list[str], tokenizer: Any, limit: int, side: Literal["left", "right"]
+) -> list[str]:
     """`prompt + text` for each text, cut on the left first where the prompt itself would otherwise be cut off."""
     if side == "right":
         return [prompt + text for text in texts]
@@ -68,5 +70,7 @@ def last_tokens(text: str, tokenizer: Any, count: int) -> str:
         return text
     if not tokenizer.is_fast:
         raise ValueError("A prompt before long contexts needs a fast tokenizer, which knows where each token stands.")
-    starts = [start for start, _ in tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]]
+    starts = [
+        start for start, _ in tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    ]
     return text if len(starts) <= count else text[starts[-count] :]

@@ -18,7 +18,7 @@ Vectors = Tensor | np.ndarray | list[Tensor] | list[np.ndarray]
 
 
 class PolyEncoder(TwoSidedEncoder):
-    r"""A Poly-encoder that takes text: m vectors for a context, one for a candidate, attention between them as the score.
+    r"""A Poly-encoder for text: m vectors for a context, one for a candidate, attention between them as the score.
 
     Args:
         model_name_or_path: A saved Poly-encoder, a SentenceTransformer (whose weights and pooling it starts from), or
@@ -122,7 +122,7 @@ class PolyEncoder(TwoSidedEncoder):
         vector = super().vector_shape(task)
         return (self[0].config.num_context_vectors, *vector) if task == "query" else vector
 
-    def encode(  # type: ignore[override]
+    def encode(
         self,
         inputs: Any,
         *args: Any,
@@ -159,7 +159,11 @@ class PolyEncoder(TwoSidedEncoder):
             normalize_embeddings=normalize_embeddings and not is_query,
             **kwargs,
         )
-        wanted = normalize_embeddings and is_query and kwargs.get("output_value", "sentence_embedding") == "sentence_embedding"
+        wanted = (
+            normalize_embeddings
+            and is_query
+            and kwargs.get("output_value", "sentence_embedding") == "sentence_embedding"
+        )
         return _normalised(vectors) if wanted else vectors
 
     # --- scoring ---------------------------------------------------------------------------------------------------
@@ -167,7 +171,7 @@ class PolyEncoder(TwoSidedEncoder):
     _similarity_fn_name = "poly"  # upstream's storage; it must not pick one of its own functions
 
     @property
-    def similarity_fn_name(self) -> str:  # type: ignore[override]
+    def similarity_fn_name(self) -> str:
         return "poly"
 
     @similarity_fn_name.setter
@@ -198,7 +202,9 @@ class PolyEncoder(TwoSidedEncoder):
         if candidates.dim() == 1:
             candidates = candidates[None]
         if len(contexts) != len(candidates):
-            raise ValueError(f"{len(contexts)} contexts and {len(candidates)} candidates make no pairs; pass as many of each.")
+            raise ValueError(
+                f"{len(contexts)} contexts and {len(candidates)} candidates make no pairs; pass as many of each."
+            )
         return score(contexts, candidates[:, None], self[0].model.final_scale)[:, 0]
 
     def _context_vectors(self, vectors: Vectors) -> Tensor:
@@ -208,7 +214,7 @@ class PolyEncoder(TwoSidedEncoder):
         if contexts.dim() != 3 or contexts.shape[1] != m:
             raise ValueError(
                 f"The first argument has shape {tuple(_floats(vectors).shape)}; expected context vectors (n, {m}, dim), "
-                f"or ({m}, dim) for one context. Encode contexts with encode_query and candidates with encode_document."
+                f"or ({m}, dim) for one. Contexts come from encode_query, candidates from encode_document."
             )
         return contexts
 

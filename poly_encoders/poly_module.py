@@ -31,7 +31,10 @@ class PolyEncoderModule(InputModule):
 
     def __init__(self, model: PolyEncoderModel, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__()
-        sizes = [encoder.get_input_embeddings().num_embeddings for encoder in (model.context_encoder, model.candidate_encoder)]
+        sizes = [
+            encoder.get_input_embeddings().num_embeddings
+            for encoder in (model.context_encoder, model.candidate_encoder)
+        ]
         if sizes[0] != sizes[1]:
             raise ValueError(
                 f"The encoders have vocabularies of {sizes[0]} and {sizes[1]} tokens, so one tokenizer cannot serve "
@@ -109,7 +112,7 @@ class PolyEncoderModule(InputModule):
         }
 
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
-        """Write the model (always safetensors) and the tokenizer; the rest of the folder is the SentenceTransformer's."""
+        """Write the model (always safetensors) and the tokenizer; the rest of the folder is not this module's."""
         if not safe_serialization:
             raise ValueError("Poly-encoders are saved as safetensors only: leave safe_serialization at True.")
         self.model.save_pretrained(output_path)
@@ -171,10 +174,16 @@ def load_checked(path: str, **kwargs: Any) -> PolyEncoderModel:
     Raises:
         OSError: the weight file lacks weights that the configuration calls for.
     """
-    model, info = PolyEncoderModel.from_pretrained(path, output_loading_info=True, **kwargs)
-    if missing := sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"]):
+    # Sizes that differ are let through here only to be named below, more clearly than upstream does.
+    model, info = PolyEncoderModel.from_pretrained(
+        path, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+    )
+    mismatched = [
+        f"{name} (there {tuple(there)}, expected {tuple(here)})" for name, there, here in info["mismatched_keys"]
+    ]
+    if wrong := sorted(info["missing_keys"]) + sorted(mismatched):
         raise OSError(
-            f"The weights in {path} do not hold {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''} "
-            f"({len(missing)} in all), which its config.json calls for. Download or save the model again."
+            f"The weights in {path} do not hold {', '.join(wrong[:3])}{', ...' if len(wrong) > 3 else ''} "
+            f"({len(wrong)} in all), which its config.json calls for. Download or save the model again."
         )
     return model

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 import numpy as np
@@ -45,7 +44,7 @@ class TwoSidedEncoder(SentenceTransformer):
         """A batch of contexts as the texts that the tokenizer sees."""
         return context_texts(contexts, self.turn_separator)
 
-    def encode(  # type: ignore[override]
+    def encode(
         self, inputs: Any, *args: Any, task: Task | None = None, output_value: Any = "sentence_embedding", **kwargs: Any
     ) -> Any:
         """Encode contexts (`task="query"`) or candidates (`"document"`); options as `SentenceTransformer.encode`.
@@ -167,5 +166,3 @@ def clear_load_errors(path: Any) -> Iterator[None]:
         raise OSError(
             f"The weights in {path} are truncated or corrupted ({error}). Download or save the model again."
         ) from error
-
-

@@ -9,15 +9,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 sys.path.insert(0, str(Path(__file__).parent))
 
-import pytest  # noqa: E402
-import tiny  # noqa: E402
-import torch  # noqa: E402
-from sentence_transformers import SentenceTransformer  # noqa: E402
-from sentence_transformers.base.modules import Transformer  # noqa: E402
-from sentence_transformers.sentence_transformer.modules import Normalize, Pooling  # noqa: E402
-from transformers import AutoModel  # noqa: E402
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Transformer
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
+from transformers import AutoModel
 
-from poly_encoders import PolyEncoder  # noqa: E402
+import tiny
+from poly_encoders import PolyEncoder
 
 
 @pytest.fixture(scope="session")

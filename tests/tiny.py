@@ -75,7 +75,13 @@ def family_config(family: str, width: int = WIDTH, layers: int = 2) -> PreTraine
         "mpnet": lambda: MPNetConfig(**usual),
         "electra": lambda: ElectraConfig(**usual, embedding_size=16),
         "t5": lambda: T5Config(
-            vocab_size=VOCAB_SIZE, d_model=width, d_kv=8, d_ff=2 * width, num_layers=layers, num_heads=4, pad_token_id=PAD
+            vocab_size=VOCAB_SIZE,
+            d_model=width,
+            d_kv=8,
+            d_ff=2 * width,
+            num_layers=layers,
+            num_heads=4,
+            pad_token_id=PAD,
         ),
         "qwen3": lambda: Qwen3Config(**usual, num_key_value_heads=2, head_dim=8),
     }

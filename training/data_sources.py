@@ -33,7 +33,9 @@ def load_examples(
         data = load_chitchat(split)  # type: ignore[arg-type]
     elif (suffix := Path(source).suffix.lower()) in _LOADERS:
         if not Path(source).is_file():
-            raise FileNotFoundError(f"There is no file {source}. Give a path to a file, 'chitchat' or a Hub data set id.")
+            raise FileNotFoundError(
+                f"There is no file {source}. Give a path to a file, 'chitchat' or a Hub data set id."
+            )
         options: dict[str, Any] = {"delimiter": "\t"} if suffix == ".tsv" else {}
         data = load_dataset(_LOADERS[suffix], data_files=source, split="train", **options)
     else:
@@ -83,7 +85,9 @@ def load_ranking_sets(
     sets = []
     for row in sample_examples(data, limit, seed):
         candidates = [row[right_column], *(row[name] for name in wrong_columns)][:size]
-        others = (text for text in draw.sample(pool, len(pool)) if text not in candidates) if len(candidates) < size else ()
+        others = (
+            (text for text in draw.sample(pool, len(pool)) if text not in candidates) if len(candidates) < size else ()
+        )
         for text in others:
             candidates.append(text)
             if len(candidates) == size:

@@ -29,6 +29,8 @@ from poly_encoders.training.train import Options, build_trainer, parse_options
 
 CONFIG = Path(__file__).parent / "configs" / "chitchat_quickstart.yaml"
 NAMES: dict[str, str] = {"bi-encoder": "Bi-encoder", "poly-encoder": "Poly-encoder", "cross-encoder": "Cross-encoder"}
+# One wrong candidate a context: a Cross-encoder reads every pair, and more would take an hour on two cores.
+EXTRA_OPTIONS: dict[str, list[str]] = {"cross-encoder": ["--num_negatives", "1"]}
 
 DIALOGUE = ["Hi! How was your weekend?", "Great, we went hiking in the mountains. Do you like being outdoors?"]
 REPLIES = [
@@ -69,14 +71,15 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
     logging.getLogger("poly_encoders").setLevel(logging.ERROR)
     disable_progress_bar()
 
-    architectures: list[Architecture] = ["bi-encoder", "poly-encoder", "cross-encoder"] if own.compare else ["poly-encoder"]
+    architectures: list[Architecture] = (
+        ["bi-encoder", "poly-encoder", "cross-encoder"] if own.compare else ["poly-encoder"]
+    )
     limit = own.sets if own.sets is not None else 2000 if own.compare else None
     results = []
     for architecture in architectures:
         folder = Path(own.output) / f"quickstart-{architecture}"
-        options = parse_options(
-            ["--config", str(CONFIG), "--architecture", architecture, "--output_dir", str(folder), *overrides]
-        )
+        fixed = ["--config", str(CONFIG), "--architecture", architecture, "--output_dir", str(folder)]
+        options = parse_options([*fixed, *EXTRA_OPTIONS.get(architecture, []), *overrides])
         results.append(_run(options, limit))
         _print_quality(results[-1], limit)
     if own.compare:

@@ -76,7 +76,7 @@ def _read_config(path: str) -> dict[str, Any]:
 def build_model(options: ModelArguments) -> Any:
     """The model to train, on its starting checkpoint."""
     path = packaged_minilm() if options.model_name_or_path == "minilm" else options.model_name_or_path
-    lengths = {
+    lengths: dict[str, Any] = {
         "max_context_length": options.max_context_length,
         "max_candidate_length": options.max_candidate_length,
         "turn_separator": options.turn_separator,

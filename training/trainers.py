@@ -1,8 +1,8 @@
 """Trainers of the three encoders: sentence-transformers' trainers, hence transformers' Trainer, hence Accelerate.
 
-They ask for no mapping: the first column of a data set is the context, the second its right candidate, any further ones
-wrong candidates. The Bi- and the Poly-encoder learn against the other candidates of the batch, the Cross-encoder against
-a sample of them (Humeau et al., arXiv:1905.01969, section 5).
+They ask for no mapping: the first column of a data set is the context, the second its right candidate, any further
+ones wrong candidates. The Bi- and the Poly-encoder learn against the other candidates of the batch, the Cross-encoder
+against a sample of them (Humeau et al., arXiv:1905.01969, section 5).
 """
 
 from dataclasses import dataclass
@@ -41,12 +41,14 @@ class PaperTrainer:
         args = self.training_args_class(output_dir="tmp_trainer") if args is None else args  # type: ignore[attr-defined]
         if model is not None:
             self.prepare_model(model, args)
-        super().__init__(model=model, args=args, **kwargs)
+        super().__init__(model=model, args=args, **kwargs)  # type: ignore[call-arg]
 
     def prepare_model(self, model: Any, args: Any) -> None:
         """Set the model up as the options say, before the optimizer sees its parameters."""
         if args.freeze_word_embeddings:
             freeze_word_embeddings(model)
+        if args.dropout is not None:
+            set_dropout(model, args.dropout)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         # Upstream pickles the options beside the model; ours are JSON, and the tokenizers are the model's to save.
@@ -103,6 +105,19 @@ class CrossEncoderTrainer(PaperTrainer, UpstreamCrossEncoderTrainer):
         return PairwiseNegativesLoss(
             model, num_negatives=self.args.num_negatives, scale=1.0, activation_fn=nn.Identity()
         )
+
+
+def set_dropout(model: nn.Module, probability: float) -> None:
+    """Give every dropout module in `model` this probability.
+
+    Raises:
+        ValueError: it is not within 0 and 1.
+    """
+    if not 0.0 <= probability < 1.0:
+        raise ValueError(f"dropout must be at least 0 and below 1, got {probability}.")
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = probability
 
 
 def freeze_word_embeddings(model: nn.Module) -> None:

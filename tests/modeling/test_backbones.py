@@ -1,9 +1,9 @@
 """Every family of backbone: padding on either side changes nothing, and saving keeps every bit."""
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from poly_encoders import PolyEncoder, PolyEncoderModel
 
 

@@ -1,10 +1,10 @@
 """PolyEncoderConfig: defaults, checks, JSON."""
 
 import pytest
-import tiny
 from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassFieldValidationError
 from transformers import AutoConfig, BertConfig
 
+import tiny
 from poly_encoders import PolyEncoderConfig
 
 
@@ -49,7 +49,8 @@ def test_values_out_of_range_are_named(options, said):
 
 
 @pytest.mark.parametrize(
-    "options", [{"num_codes": "many"}, {"context_vectors": "middle_m"}, {"candidate_vector": "max"}, {"code_attention": "cosine"}]
+    "options",
+    [{"num_codes": "many"}, {"context_vectors": "middle_m"}, {"candidate_vector": "max"}, {"code_attention": "cosine"}],
 )
 def test_values_of_a_wrong_kind_are_refused(options):
     with pytest.raises(StrictDataclassFieldValidationError):
@@ -72,7 +73,9 @@ def test_another_architecture_is_refused(tmp_path):
         PolyEncoderConfig.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize(("kind", "vectors"), [("learnt_codes", 5), ("first_m", 5), ("last_m", 5), ("first_and_last_m", 6)])
+@pytest.mark.parametrize(
+    ("kind", "vectors"), [("learnt_codes", 5), ("first_m", 5), ("last_m", 5), ("first_and_last_m", 6)]
+)
 def test_number_of_context_vectors(kind, vectors):
     assert tiny.poly_config(num_codes=5, context_vectors=kind).num_context_vectors == vectors
 

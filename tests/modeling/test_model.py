@@ -1,11 +1,11 @@
 """PolyEncoderModel: vectors by the paper, invariants, and what transformers expects of a model."""
 
 import pytest
-import tiny
 import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModel
 
+import tiny
 from poly_encoders import PolyEncoderConfig, PolyEncoderModel, poly_score
 
 KINDS = ["learnt_codes", "first_m", "last_m", "first_and_last_m"]
@@ -20,7 +20,9 @@ def context_by_the_paper(model, hidden, mask):
         m = config.num_codes
         if config.context_vectors == "learnt_codes":
             scale = config.hidden_size**-0.5 if config.code_attention == "sqrt" else 1.0
-            vectors = [sum(w * s for w, s in zip(torch.softmax(h @ code * scale, 0), h, strict=True)) for code in model.codes]
+            vectors = [
+                sum(w * s for w, s in zip(torch.softmax(h @ code * scale, 0), h, strict=True)) for code in model.codes
+            ]
         else:
             vectors = list(h[:m] if config.context_vectors == "first_m" else h[-m:])
             vectors += [torch.zeros_like(h[0])] * (m - len(vectors))
@@ -50,7 +52,9 @@ def test_context_vectors_follow_the_paper(kind, m, left):
     hidden = model.context_encoder(**batch).last_hidden_state
     vectors = model.get_context_features(**batch)
     assert vectors.shape == (4, model.config.num_context_vectors, tiny.WIDTH)
-    torch.testing.assert_close(vectors, context_by_the_paper(model, hidden, batch["attention_mask"]), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        vectors, context_by_the_paper(model, hidden, batch["attention_mask"]), atol=1e-5, rtol=1e-5
+    )
 
 
 @torch.no_grad()
@@ -128,7 +132,10 @@ def test_hidden_states_and_attentions_on_request():
     model = tiny.poly_model(attn_implementation="eager")
     candidates = tiny.token_batch(3, 4)
     output = model(
-        **tiny.token_batch(2, 5), candidate_input_ids=candidates["input_ids"], output_hidden_states=True, output_attentions=True
+        **tiny.token_batch(2, 5),
+        candidate_input_ids=candidates["input_ids"],
+        output_hidden_states=True,
+        output_attentions=True,
     )
     assert [state.shape for state in output.hidden_states] == [(2, 5, tiny.WIDTH)] * 3
     assert [state.shape for state in output.candidate_hidden_states] == [(3, 4, tiny.WIDTH)] * 3
@@ -249,7 +256,9 @@ def test_gradient_checkpointing_keeps_the_gradients():
             layers = [*model.context_encoder.encoder.layer, *model.candidate_encoder.encoder.layer]
             assert all(layer.gradient_checkpointing for layer in layers)
         candidates = tiny.token_batch(3, 5)
-        model(**tiny.token_batch(3, 6), candidate_input_ids=candidates["input_ids"], labels=torch.arange(3)).loss.backward()
+        model(
+            **tiny.token_batch(3, 6), candidate_input_ids=candidates["input_ids"], labels=torch.arange(3)
+        ).loss.backward()
         return {name: parameter.grad for name, parameter in model.named_parameters()}
 
     plain, checkpointed = gradients(False), gradients(True)
@@ -259,7 +268,7 @@ def test_gradient_checkpointing_keeps_the_gradients():
 
 
 def test_gradient_checkpointing_of_a_family_without_it_is_refused():
-    with pytest.raises(ValueError, match="does not support (activation|gradient) checkpointing"):
+    with pytest.raises(ValueError, match=r"does not support (activation|gradient) checkpointing"):
         tiny.poly_model("mpnet").gradient_checkpointing_enable()
 
 
