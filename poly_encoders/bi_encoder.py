@@ -107,14 +107,14 @@ class BiEncoder(TwoSidedEncoder):
         if len(encoders) == 1:
             encoder = encoders[0]
             encoder.max_seq_length = token_limit(encoder.tokenizer, encoder.model)
-            encoder.tokenizer.truncation_side = "left"
+            _cut_on(encoder.tokenizer, "left")
             for name, wanted in (("query_length", context), ("document_length", candidate)):
                 if wanted is not None:
                     setattr(encoder, name, token_limit(encoder.tokenizer, encoder.model, wanted))
             return
         for encoder, wanted, side in zip(encoders, (context, candidate), ("left", "right"), strict=True):
             encoder.max_seq_length = token_limit(encoder.tokenizer, encoder.model, wanted)
-            encoder.tokenizer.truncation_side = side
+            _cut_on(encoder.tokenizer, side)
 
     # --- loading ---------------------------------------------------------------------------------------------------
 
@@ -208,6 +208,12 @@ class BiEncoder(TwoSidedEncoder):
         super().save(folder, *args, **kwargs)
         if isinstance(self._pooling(), FirstMMeanPooling):
             _carry_pooling_code(Path(folder))
+
+
+def _cut_on(tokenizer: Any, side: str) -> None:
+    """Cut long texts on this side, now and wherever the tokenizer is loaded again."""
+    tokenizer.truncation_side = side
+    tokenizer.init_kwargs["truncation_side"] = side  # what save_pretrained writes
 
 
 def _carry_pooling_code(folder: Path) -> None:

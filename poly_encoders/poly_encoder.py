@@ -213,7 +213,7 @@ class PolyEncoder(TwoSidedEncoder):
             contexts = contexts[None]
         if contexts.dim() != 3 or contexts.shape[1] != m:
             raise ValueError(
-                f"The first argument has shape {tuple(_floats(vectors).shape)}; expected context vectors (n, {m}, dim), "
+                f"The first argument is {tuple(_floats(vectors).shape)}; expected context vectors (n, {m}, dim), "
                 f"or ({m}, dim) for one. Contexts come from encode_query, candidates from encode_document."
             )
         return contexts

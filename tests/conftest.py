@@ -1,13 +1,10 @@
 """Shared fixtures. Nothing here reaches a network."""
 
 import os
-import sys
 from copy import deepcopy
-from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest
 import torch
