@@ -400,10 +400,12 @@ class PolyEncoderModel(PreTrainedModel):
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """As upstream's, but written beside the folder and moved in when complete: a failed save changes nothing."""
+        if not kwargs.get("is_main_process", True):
+            return super().save_pretrained(save_directory, **kwargs)
         if kwargs.get("push_to_hub"):
             kwargs.setdefault("repo_id", Path(save_directory).name)
         with staged_folder(save_directory) as staging:
-            super().save_pretrained(staging, **kwargs)
+            return super().save_pretrained(staging, **kwargs)
 
 
 def _refuse_one_vector(**_: Any) -> NoReturn:
@@ -495,7 +497,19 @@ def _load_backbone(path: str | os.PathLike[str], **kwargs: Any) -> PreTrainedMod
         )
     auto_class, options = _backbone_recipe(config)
     with _quiet_about_poolers(config):
-        return _encoder_of(auto_class.from_pretrained(path, **options, **kwargs))  # type: ignore[attr-defined]
+        model, info = auto_class.from_pretrained(  # type: ignore[attr-defined]
+            path, output_loading_info=True, **options, **kwargs
+        )
+    if missing := sorted(info["missing_keys"]):
+        raise OSError(
+            f"The checkpoint {path} does not hold {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''} "
+            f"({len(missing)} weights in all) of the {config.model_type} that its config.json describes. "
+            "Download or save it again."
+        )
+    encoder = _encoder_of(model)
+    if not isinstance(encoder.get_input_embeddings(), nn.Embedding):
+        raise ValueError(f"{path} holds a {config.model_type} model, which does not read text. Name a text encoder.")
+    return encoder
 
 
 @contextlib.contextmanager
@@ -525,10 +539,10 @@ _WEIGHT_FILES = re.compile(r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetenso
 
 @contextlib.contextmanager
 def staged_folder(path: str | os.PathLike[str]) -> Iterator[str]:
-    """A new folder beside `path` to write a checkpoint into; its files move to `path` when the block ends well.
+    """A new folder to write a checkpoint into; its files move to `path` when the block ends well.
 
     Other files in `path` stay, except weights that the new ones replace under other names (another number of shards).
-    An error inside the block leaves `path` as it was.
+    An error, in the block or while the files move, leaves `path` as it was.
 
     Raises:
         NotADirectoryError: `path` is a file.
@@ -536,24 +550,48 @@ def staged_folder(path: str | os.PathLike[str]) -> Iterator[str]:
     target = Path(path)
     if target.is_file():
         raise NotADirectoryError(f"A checkpoint is a folder, but {path} is a file. Choose another path.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".saving", dir=target.parent))
+    is_new = not target.exists()
+    # A new checkpoint appears in one rename. One that is there may be a mount point, so its staging folder is inside.
+    home = target.parent if is_new else target
+    home.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".saving", dir=home))
     try:
         yield str(staging)
-        staging.chmod(0o777 & ~_umask())
-        if not target.exists():
+        if is_new:
+            staging.chmod(0o777 & ~_umask())
             staging.rename(target)
-            return
-        written = [file.relative_to(staging) for file in staging.rglob("*") if file.is_file()]
-        for name in written:
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            (staging / name).replace(target / name)
-        if any(_WEIGHT_FILES.fullmatch(str(name)) for name in written):
-            for stale in target.iterdir():
-                if _WEIGHT_FILES.fullmatch(stale.name) and Path(stale.name) not in written:
-                    stale.unlink()
+        else:
+            _replace_files(staging, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _replace_files(source: Path, target: Path) -> None:
+    """Move every file of `source` to `target`, all or none; weights of the old checkpoint that are not replaced go."""
+    names = [file.relative_to(source) for file in source.rglob("*") if file.is_file()]
+    stale: list[Path] = []
+    if any(_WEIGHT_FILES.fullmatch(str(name)) for name in names):
+        found = [Path(file.name) for file in target.iterdir() if _WEIGHT_FILES.fullmatch(file.name)]
+        stale = [name for name in found if name not in names]
+    kept = Path(tempfile.mkdtemp(dir=source))  # the old files, until all the new ones are in place
+    put_away: list[Path] = []
+    put_in: list[Path] = []
+    try:
+        for name in [*names, *stale]:
+            if (target / name).exists():
+                (kept / name).parent.mkdir(parents=True, exist_ok=True)
+                (target / name).replace(kept / name)
+                put_away.append(name)
+        for name in names:
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).replace(target / name)
+            put_in.append(name)
+    except BaseException:
+        for name in put_in:
+            (target / name).unlink(missing_ok=True)
+        for name in put_away:
+            os.replace(kept / name, target / name)
+        raise
 
 
 def _umask() -> int:

@@ -9,6 +9,7 @@ import copy
 import json
 import logging
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -16,13 +17,12 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Router, Transformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 from torch import nn
-from transformers import AutoConfig
 
 from poly_encoders import first_m_pooling
-from poly_encoders.conversations import TURN_SEPARATOR
+from poly_encoders.conversations import TURN_SEPARATOR, candidate_texts
 from poly_encoders.first_m_pooling import FirstMMeanPooling
-from poly_encoders.lengths import token_limit
-from poly_encoders.two_sided import TwoSidedEncoder, clear_load_errors, save_staged
+from poly_encoders.lengths import last_tokens, room_beside_prompt, token_limit
+from poly_encoders.two_sided import Task, TwoSidedEncoder, clear_load_errors, refuse_poly_encoder, save_staged
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +81,7 @@ class BiEncoder(TwoSidedEncoder):
         kwargs.setdefault("similarity_fn_name", "dot")
         with clear_load_errors(model_name_or_path):
             super().__init__(model_name_or_path, **kwargs)
+        self.model_card_data.ir_model = True  # its snippet then names the sides
         self._set_lengths(max_context_length, max_candidate_length)
         for encoder in self._transformers():
             for name, parameter in encoder.model.named_parameters():
@@ -95,6 +96,20 @@ class BiEncoder(TwoSidedEncoder):
     def share_encoders(self) -> bool:
         """Whether one encoder reads both sides."""
         return not isinstance(self[0], Router)
+
+    def preprocess(
+        self, inputs: Sequence[Any], prompt: str | None = None, task: Task | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Token features of one side; contexts in any of their forms. A prompt stays before a context that is cut."""
+        if prompt and task in ("query", "document"):
+            encoder = self._transformers()[0 if task == "query" else -1]
+            tokenizer = encoder.tokenizer
+            limit = getattr(encoder, f"{task}_length") or tokenizer.model_max_length
+            room = room_beside_prompt(prompt, tokenizer, limit)
+            if tokenizer.truncation_side == "left":
+                texts = self.context_texts(inputs) if task == "query" else candidate_texts(inputs)
+                inputs = [last_tokens(text, tokenizer, room) for text in texts]
+        return super().preprocess(inputs, prompt=prompt, task=task, **kwargs)
 
     def _transformers(self) -> list[Transformer]:
         """The encoders: the context's and the candidate's, or the one for both."""
@@ -119,21 +134,14 @@ class BiEncoder(TwoSidedEncoder):
     # --- loading ---------------------------------------------------------------------------------------------------
 
     def _load_default_modules(self, model_name_or_path: str, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
-        config_options = {
-            name: value
-            for name, value in kwargs.items()
-            if name in ("token", "revision", "local_files_only", "trust_remote_code")
-        }
-        config = AutoConfig.from_pretrained(model_name_or_path, cache_dir=kwargs.get("cache_folder"), **config_options)
-        if config.model_type == "poly-encoder":
-            raise ValueError(f"{model_name_or_path} is a Poly-encoder; load it with poly_encoders.PolyEncoder(path).")
+        refuse_poly_encoder(model_name_or_path, kwargs)
         modules, module_kwargs = super()._load_default_modules(model_name_or_path, **kwargs)
         return self._arranged(list(modules)), module_kwargs
 
     def _load_config_modules(self, model_name_or_path: str, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
         modules, module_kwargs = super()._load_config_modules(model_name_or_path, **kwargs)
         loaded = list(modules.values())
-        if self._saved is None and not isinstance(loaded[0], Router):  # a SentenceTransformer that is not ours
+        if self._saved is None:  # a SentenceTransformer that is not ours
             return self._arranged(loaded), {}
         self._refuse_changes(model_name_or_path, shared=not isinstance(loaded[0], Router))
         return modules, module_kwargs
@@ -145,23 +153,38 @@ class BiEncoder(TwoSidedEncoder):
         )
 
     def _arranged(self, modules: list[nn.Module]) -> list[nn.Module]:
-        """A stack of modules for both sides, made of a stack for one."""
+        """Modules for both sides, made of a checkpoint's for one or, in a Router, for each."""
+        router: Any = modules[0]
+        if not isinstance(router, Router):
+            side = self._one_side(modules)
+            if self._wishes["share_encoders"]:
+                return side
+            return [Router({"query": side, "document": copy.deepcopy(side)}, allow_empty_key=False)]
+        if self._wishes["share_encoders"]:
+            raise ValueError("The checkpoint has an encoder for each side, which share_encoders=True would drop.")
+        if missing := {"query", "document"} - router.sub_modules.keys():
+            raise ValueError(f"The checkpoint has no modules for {sorted(missing)}, which a Bi-encoder needs.")
+        sides = {
+            name: self._one_side([*router.sub_modules[name], *copy.deepcopy(modules[1:])])
+            for name in ("query", "document")
+        }
+        return [Router(sides, allow_empty_key=False)]
+
+    def _one_side(self, modules: list[nn.Module]) -> list[nn.Module]:
         encoder: Any = modules[0]
-        if not isinstance(encoder, Transformer):
-            raise ValueError(f"A Bi-encoder is built on a transformer encoder, not on a {type(encoder).__name__}.")
+        if not isinstance(encoder, Transformer) or encoder.tokenizer is None:
+            raise ValueError(f"A Bi-encoder is built on a text encoder, not on a {type(encoder).__name__}.")
         if any(isinstance(module, Normalize) for module in modules):
             logger.warning("Dropped the checkpoint's Normalize module: a Bi-encoder's scores are plain dot products.")
         modules = [module for module in modules if not isinstance(module, Normalize)]
-        if self._wishes["reduction"] is not None:
-            rest = [module for module in modules[1:] if not isinstance(module, (Pooling, FirstMMeanPooling))]
-            modules = [encoder, self._new_pooling(encoder.get_embedding_dimension()), *rest]
-        if self._wishes["share_encoders"]:
+        if self._wishes["reduction"] is None:
             return modules
-        return [Router({"query": modules, "document": copy.deepcopy(modules)}, allow_empty_key=False)]
+        rest = [module for module in modules[1:] if not isinstance(module, (Pooling, FirstMMeanPooling))]
+        return [encoder, self._new_pooling(encoder.get_embedding_dimension()), *rest]
 
     def _new_pooling(self, width: int) -> nn.Module:
         if self._wishes["reduction"] == "first_m_mean":
-            return FirstMMeanPooling(width, self._wishes["m"] or DEFAULT_M)
+            return FirstMMeanPooling(width, DEFAULT_M if self._wishes["m"] is None else self._wishes["m"])
         return Pooling(width, "cls" if self._wishes["reduction"] == "first" else "mean")
 
     def _refuse_changes(self, path: str, shared: bool) -> None:

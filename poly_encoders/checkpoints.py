@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from poly_encoders.first_m_pooling import FirstMMeanPooling
 from poly_encoders.modeling import PolyEncoderConfig, PolyEncoderModel
-from poly_encoders.poly_module import PolyEncoderModule, load_checked
+from poly_encoders.poly_module import PolyEncoderModule, apply_options, load_checked
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +25,8 @@ def module_from_encoder(path: str, hub: dict[str, Any], options: "BuildOptions")
     config = AutoConfig.from_pretrained(path, **config_hub)
     tokenizer = AutoTokenizer.from_pretrained(path, **config_hub, **options.processor)
     if isinstance(config, PolyEncoderConfig):
-        return PolyEncoderModule(load_checked(path, **hub, **options.model, **options.config), tokenizer)
+        apply_options(config, options.config, path)
+        return PolyEncoderModule(load_checked(path, config=config, **hub, **options.model), tokenizer)
     model = PolyEncoderModel.from_encoders_pretrained(path, **config_hub, **options.model, **options.config)
     return PolyEncoderModule(model, tokenizer)
 
@@ -55,6 +56,11 @@ def module_from_sentence_transformer(path: str, hub: dict[str, Any], options: "B
         config_options.setdefault("turn_separator", ours["turn_separator"])
     places = {**places, "trust_remote_code": options.trust_remote_code}
     tokenizers = {side: AutoTokenizer.from_pretrained(local[side], **places, **options.processor) for side in local}
+    if tokenizers["query"].get_vocab() != tokenizers["document"].get_vocab():
+        raise ValueError(
+            f"{path} has a tokenizer of its own for each side, with different vocabularies; a Poly-encoder has one. "
+            "Use PolyEncoderModel itself with two tokenizers."
+        )
     for name, side in (("max_context_length", "query"), ("max_candidate_length", "document")):
         own_limit = tokenizers[side].model_max_length if separate else None
         config_options.setdefault(name, _max_length(path, folders[side], side, hub) or own_limit)

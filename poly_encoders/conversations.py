@@ -96,7 +96,8 @@ def checked_text(text: Any, what: str = "The text") -> str:
 
 
 def _batch(inputs: Any) -> Iterable[Any]:
-    if inputs is None or isinstance(inputs, (str, bytes, Mapping)) or not isinstance(inputs, Iterable):
+    unordered = isinstance(inputs, (str, bytes, Mapping, set, frozenset))
+    if inputs is None or unordered or not isinstance(inputs, Iterable) or getattr(inputs, "ndim", 1) == 0:
         raise TypeError(f"Expected a list of texts, but got {_described(inputs)}. Put a single one into a list.")
     return inputs
 
@@ -110,6 +111,8 @@ def _turn_text(turn: Any, position: int) -> str:
         raise ValueError(f"Message {position} of the context has no 'content', only the keys {sorted(turn)}.")
     content = turn["content"]
     if isinstance(content, (list, tuple)):  # the parts of a multi-modal chat message
+        if not content:
+            raise ValueError(f"Message {position} of the context has no content at all. Leave it out.")
         parts = [part.get("text") if isinstance(part, Mapping) else part for part in content]
         return " ".join(checked_text(part, f"A part of message {position}") for part in parts)
     return checked_text(content, f"The content of message {position}")

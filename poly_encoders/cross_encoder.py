@@ -8,14 +8,22 @@ with plain `sentence_transformers.CrossEncoder` and with `AutoModelForSequenceCl
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import sentence_transformers
 from sentence_transformers.base.modules import Transformer
-from tokenizers import Encoding
 from torch import nn
 
 from poly_encoders.conversations import TURN_SEPARATOR, Context, candidate_texts, context_texts
 from poly_encoders.lengths import token_limit
-from poly_encoders.two_sided import Ranked, clear_load_errors, ranking, ranking_inputs, save_staged
+from poly_encoders.two_sided import (
+    Ranked,
+    clear_load_errors,
+    finite,
+    ranking,
+    ranking_inputs,
+    refuse_poly_encoder,
+    save_staged,
+)
 
 
 class CrossEncoder(sentence_transformers.CrossEncoder):
@@ -62,6 +70,10 @@ class CrossEncoder(sentence_transformers.CrossEncoder):
         if self.tokenizer.pad_token is None:  # decoders come without one, and the scoring layer must know it
             self.tokenizer.pad_token = self.tokenizer.eos_token
             self[0].model.config.pad_token_id = self.tokenizer.pad_token_id
+        if self._knows_segments() and "token_type_ids" not in self.tokenizer.model_input_names:
+            # Without this, upstream's CrossEncoder would leave the segments out and score otherwise.
+            names = [*self.tokenizer.model_input_names, "token_type_ids"]
+            self.tokenizer.model_input_names = self.tokenizer.init_kwargs["model_input_names"] = names
         self.length_limits()  # a limit that cannot be kept is said on loading, not on the first long text
 
     @property
@@ -98,6 +110,8 @@ class CrossEncoder(sentence_transformers.CrossEncoder):
         """
         if len(inputs) == 0:
             return {}
+        if kwargs.get("task") is not None and all(isinstance(text, str) for text in inputs):
+            return super().preprocess(inputs, prompt=prompt, **kwargs)  # one column, for the card's statistics
         for position, pair in enumerate(inputs):
             if not isinstance(pair, (list, tuple)) or len(pair) != 2:
                 raise ValueError(f"Item {position} is no pair of a context and a candidate, but {pair!r:.80}.")
@@ -115,7 +129,7 @@ class CrossEncoder(sentence_transformers.CrossEncoder):
 
     def is_singular_input(self, inputs: Any) -> bool:
         """Whether `inputs` is one pair: two items, the second a text, the first a context."""
-        return isinstance(inputs, (list, tuple)) and len(inputs) == 2 and isinstance(inputs[1], str)
+        return isinstance(inputs, (list, tuple, np.ndarray)) and len(inputs) == 2 and isinstance(inputs[1], str)
 
     def rank(
         self,
@@ -123,14 +137,23 @@ class CrossEncoder(sentence_transformers.CrossEncoder):
         documents: Sequence[str],
         top_k: int | None = None,
         return_documents: bool = False,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int = 32,
+        show_progress_bar: bool | None = None,
         **kwargs: Any,
     ) -> list[Ranked]:
         """Rank candidates for one context: arguments and result as `PolyEncoder.rank` and upstream's."""
         text, texts = ranking_inputs(query, documents, self.turn_separator, top_k)
         if not texts:
             return []
-        scores = self.predict([(text, candidate) for candidate in texts], convert_to_tensor=True, **kwargs)
+        options = {"prompt_name": prompt_name, "prompt": prompt, "batch_size": batch_size, **kwargs}
+        options |= {"show_progress_bar": show_progress_bar, "convert_to_tensor": True}
+        scores = self.predict([(text, candidate) for candidate in texts], **options)
         return ranking(scores, texts, top_k, return_documents)
+
+    def _inference(self, inputs: list[Any], **kwargs: Any) -> Any:
+        return finite(super()._inference(inputs, **kwargs))
 
     def get_default_activation_fn(self) -> Any:
         """The saved activation, else the identity: scores are raw."""
@@ -141,6 +164,10 @@ class CrossEncoder(sentence_transformers.CrossEncoder):
         return nn.Identity()
 
     # --- loading and saving ----------------------------------------------------------------------------------------
+
+    def _load_default_modules(self, model_name_or_path: str, **kwargs: Any) -> Any:
+        refuse_poly_encoder(model_name_or_path, kwargs)
+        return super()._load_default_modules(model_name_or_path, **kwargs)
 
     def _load_converted_modules(self, model_name_or_path: str, *, model_type: str | None = None, **kwargs: Any) -> Any:
         if model_type != sentence_transformers.SentenceTransformer.model_type:
@@ -158,10 +185,9 @@ class CrossEncoder(sentence_transformers.CrossEncoder):
                 setattr(self, attribute, value)
 
     def _get_model_config(self) -> dict[str, Any]:
-        context, candidate = self.length_limits()
         ours = {
-            "max_context_length": context,
-            "max_candidate_length": candidate,
+            "max_context_length": self._max_context_length,
+            "max_candidate_length": self._max_candidate_length,
             "turn_separator": self.turn_separator,
         }
         return {**super()._get_model_config(), "poly_encoders": ours}
@@ -177,8 +203,9 @@ class _PairTokenizer:
     def __init__(self, tokenizer: Any, keep_context: int, keep_candidate: int, prompt: str | None) -> None:
         self.tokenizer = tokenizer
         self.keep_candidate = keep_candidate
-        self.prompt = self._encoded([prompt])[0] if prompt else None
-        self.keep_context = keep_context - (len(self.prompt) if self.prompt is not None else 0)
+        self.prompt: list[int] = self._encoded([prompt])[0] if prompt else []
+        self.keep_context = keep_context - len(self.prompt)
+        self.frame = self._frame() if tokenizer.is_fast else None
         if self.keep_context < 1:
             raise ValueError(
                 f"The prompt {prompt!r} alone fills the {keep_context} tokens kept of a context. Shorten it."
@@ -188,23 +215,36 @@ class _PairTokenizer:
         pairs = zip(self._encoded(contexts), self._encoded(candidates), strict=True)
         return [self._row(context, candidate) for context, candidate in pairs]
 
-    def _encoded(self, texts: list[str]) -> list[Any]:
-        """Without special tokens: `tokenizers.Encoding`s of a fast tokenizer, lists of ids of a slow one."""
-        batch = self.tokenizer(texts, add_special_tokens=False, truncation=False, padding=False, verbose=False)
-        return batch.encodings if self.tokenizer.is_fast else batch["input_ids"]
+    def _encoded(self, texts: list[str]) -> list[list[int]]:
+        return self.tokenizer(texts, add_special_tokens=False, truncation=False, padding=False, verbose=False)[
+            "input_ids"
+        ]
 
-    def _row(self, context: Any, candidate: Any) -> dict[str, list[int]]:
-        if not self.tokenizer.is_fast:
-            return dict(
-                self.tokenizer.prepare_for_model(
-                    (self.prompt or []) + context[-self.keep_context :],
-                    candidate[: self.keep_candidate],
-                    return_token_type_ids=True,
-                )
-            )
-        context.truncate(self.keep_context, direction="left")
-        candidate.truncate(self.keep_candidate, direction="right")
-        if self.prompt is not None:
-            context = Encoding.merge([self.prompt, context], growing_offsets=True)
+    def _frame(self) -> tuple[list[list[int]], list[list[int]]]:
+        """Special token ids before, between and after the two texts, and the segments of all five parts.
+
+        Read off a pair of short texts. Post-processing long ones would pair up all that was cut off them, which takes
+        time and memory in the product of their lengths.
+        """
+        context, candidate = self.tokenizer(["a", "a"], add_special_tokens=False, truncation=False).encodings
         row = self.tokenizer.backend_tokenizer.post_process(context, candidate, add_special_tokens=True)
-        return {"input_ids": row.ids, "token_type_ids": row.type_ids, "attention_mask": row.attention_mask}
+        own = [position for position, special in enumerate(row.special_tokens_mask) if not special]
+        first, last = own[: len(context.ids)], own[len(context.ids) :]
+        cuts = [0, first[0], first[-1] + 1, last[0], last[-1] + 1, len(row.ids)]
+        parts = [slice(start, end) for start, end in zip(cuts[:-1], cuts[1:], strict=True)]
+        return [row.ids[parts[i]] for i in (0, 2, 4)], [row.type_ids[part] for part in parts]
+
+    def _row(self, context: list[int], candidate: list[int]) -> dict[str, list[int]]:
+        context = self.prompt + context[-self.keep_context :]
+        candidate = candidate[: self.keep_candidate]
+        if self.frame is None:
+            return dict(self.tokenizer.prepare_for_model(context, candidate, return_token_type_ids=True))
+        (before, between, after), segments = self.frame
+        parts = [before, context, between, candidate, after]
+        ids = [token for part in parts for token in part]
+        kinds = [(kind or [0])[0] for kind in segments]
+        return {
+            "input_ids": ids,
+            "token_type_ids": [kind for part, kind in zip(parts, kinds, strict=True) for _ in part],
+            "attention_mask": [1] * len(ids),
+        }

@@ -52,16 +52,16 @@ def truncating(tokenizer: Any, side: Literal["left", "right"]) -> Iterator[None]
         tokenizer.truncation_side = before
 
 
-def prepend_prompt(
-    prompt: str, texts: list[str], tokenizer: Any, limit: int, side: Literal["left", "right"]
-) -> list[str]:
-    """`prompt + text` for each text, cut on the left first where the prompt itself would otherwise be cut off."""
-    if side == "right":
-        return [prompt + text for text in texts]
+def room_beside_prompt(prompt: str, tokenizer: Any, limit: int) -> int:
+    """Tokens left for a text after its prompt, of the `limit` kept in all.
+
+    Raises:
+        ValueError: none is left.
+    """
     room = limit - len(tokenizer(prompt)["input_ids"])
     if room < 1:
-        raise ValueError(f"The prompt {prompt!r} alone fills the {limit} tokens kept of a context. Shorten it.")
-    return [prompt + last_tokens(text, tokenizer, room) for text in texts]
+        raise ValueError(f"The prompt {prompt!r} alone fills the {limit} tokens kept of a text. Shorten it.")
+    return room
 
 
 def last_tokens(text: str, tokenizer: Any, count: int) -> str:

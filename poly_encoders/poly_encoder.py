@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 
 from poly_encoders.cards import PolyEncoderModelCardData
 from poly_encoders.checkpoints import BuildOptions, module_from_encoder, module_from_sentence_transformer
@@ -122,50 +121,6 @@ class PolyEncoder(TwoSidedEncoder):
         vector = super().vector_shape(task)
         return (self[0].config.num_context_vectors, *vector) if task == "query" else vector
 
-    def encode(
-        self,
-        inputs: Any,
-        *args: Any,
-        task: Task | None = None,
-        precision: Literal["float32", "int8", "uint8", "binary", "ubinary"] = "float32",
-        normalize_embeddings: bool = False,
-        **kwargs: Any,
-    ) -> Any:
-        """Encode contexts (`encode_query`) or candidates (`encode_document`); options as `SentenceTransformer.encode`.
-
-        `normalize_embeddings` scales every single vector to length 1, context vectors included; all-zero ones, which
-        are padding, stay. `precision` other than float32 is for candidates only, to store them: scores need float32.
-
-        Returns:
-            float32 `(n, m, dim)` for contexts, m + 1 with `first_and_last_m`; `(n, dim)` for candidates. Without the
-            first axis for a single input.
-
-        Raises:
-            ValueError: no side named (no `task`), vectors that are not finite, an option that makes no sense.
-            TypeError: an input that is no text (no conversation, on the context side).
-        """
-        is_query = task == "query"
-        if is_query and precision not in (None, "float32"):
-            raise ValueError(
-                f"precision={precision!r} is for candidates that are stored; context vectors are few and all-zero ones "
-                "mean padding, so they stay float32. Leave precision out for contexts."
-            )
-        # Upstream normalises axis 1, which is not the vectors' axis on the context side.
-        vectors = super().encode(
-            inputs,
-            *args,
-            task=task,
-            precision=precision,
-            normalize_embeddings=normalize_embeddings and not is_query,
-            **kwargs,
-        )
-        wanted = (
-            normalize_embeddings
-            and is_query
-            and kwargs.get("output_value", "sentence_embedding") == "sentence_embedding"
-        )
-        return _normalised(vectors) if wanted else vectors
-
     # --- scoring ---------------------------------------------------------------------------------------------------
 
     _similarity_fn_name = "poly"  # upstream's storage; it must not pick one of its own functions
@@ -189,11 +144,16 @@ class PolyEncoder(TwoSidedEncoder):
         Returns:
             `(n, k)` float32 scores, comparable within a row.
 
+        Upstream's `RerankingEvaluator` scores by the cosine unless it is told otherwise, which means nothing here: give
+        it `similarity_fct=model.similarity`.
+
         Raises:
             ValueError: other shapes, as of two sets of candidates.
             TypeError: quantised vectors.
         """
         contexts, candidates = self._context_vectors(embeddings1), _floats(embeddings2)
+        if candidates.numel() == 0:
+            return contexts.new_empty((len(contexts), 0))
         return score(contexts, candidates[None] if candidates.dim() == 1 else candidates, self[0].model.final_scale)
 
     def similarity_pairwise(self, embeddings1: Vectors, embeddings2: Vectors) -> Tensor:
@@ -219,17 +179,11 @@ class PolyEncoder(TwoSidedEncoder):
         return contexts
 
 
-def _normalised(vectors: Any) -> Any:
-    if isinstance(vectors, np.ndarray):
-        return normalize(torch.from_numpy(vectors), dim=-1).numpy()
-    if isinstance(vectors, list):
-        return [normalize(vector, dim=-1) for vector in vectors]
-    return normalize(vectors, dim=-1)
-
-
 def _floats(vectors: Vectors) -> Tensor:
     """Vectors in any container as one tensor of floating-point numbers."""
     if isinstance(vectors, list):
+        if not vectors:
+            return torch.empty(0)
         tensor = torch.stack([torch.as_tensor(vector) for vector in vectors])
     else:
         tensor = torch.as_tensor(vectors)

@@ -7,7 +7,7 @@ from sentence_transformers.base.modules import InputModule
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from poly_encoders.conversations import candidate_texts, context_texts
-from poly_encoders.lengths import prepend_prompt, token_limit, truncating
+from poly_encoders.lengths import last_tokens, room_beside_prompt, token_limit, truncating
 from poly_encoders.modeling import PolyEncoderConfig, PolyEncoderModel
 from poly_encoders.two_sided import ASK_FOR_A_SIDE, Task
 
@@ -69,7 +69,8 @@ class PolyEncoderModule(InputModule):
             raise ValueError(ASK_FOR_A_SIDE)
         limit = token_limit(self.tokenizer, encoder, wanted)
         if prompt:
-            texts = prepend_prompt(prompt, texts, self.tokenizer, limit, side)
+            room = room_beside_prompt(prompt, self.tokenizer, limit)
+            texts = [prompt + (last_tokens(text, self.tokenizer, room) if side == "left" else text) for text in texts]
         with truncating(self.tokenizer, side):
             features = dict(self.tokenizer(texts, padding=True, truncation=True, max_length=limit, return_tensors="pt"))
         empty = (features["attention_mask"].sum(dim=-1) == 0).nonzero().flatten().tolist()

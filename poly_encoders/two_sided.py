@@ -1,5 +1,6 @@
 """What the Bi-encoder and the Poly-encoder share: two sides, contexts in all their forms, ranking, safe saving."""
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, TypedDict
@@ -8,6 +9,8 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
+from torch.nn.functional import normalize
+from transformers import AutoConfig
 
 from poly_encoders.conversations import Context, candidate_texts, context_text, context_texts, is_single_context
 from poly_encoders.modeling import staged_folder
@@ -45,37 +48,79 @@ class TwoSidedEncoder(SentenceTransformer):
         return context_texts(contexts, self.turn_separator)
 
     def encode(
-        self, inputs: Any, *args: Any, task: Task | None = None, output_value: Any = "sentence_embedding", **kwargs: Any
+        self,
+        inputs: Any,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int = 32,
+        show_progress_bar: bool | None = None,
+        output_value: Literal["sentence_embedding", "token_embeddings"] | None = "sentence_embedding",
+        precision: Literal["float32", "int8", "uint8", "binary", "ubinary"] = "float32",
+        convert_to_numpy: bool = True,
+        convert_to_tensor: bool = False,
+        device: str | list[str | torch.device] | None = None,
+        normalize_embeddings: bool = False,
+        truncate_dim: int | None = None,
+        *,
+        task: Task | None = None,
+        **kwargs: Any,
     ) -> Any:
-        """Encode contexts (`task="query"`) or candidates (`"document"`); options as `SentenceTransformer.encode`.
+        """Encode contexts (`encode_query`) or candidates (`encode_document`); options as `SentenceTransformer.encode`.
+
+        `normalize_embeddings` scales every single vector to length 1, also where a text has several; all-zero ones,
+        which are padding, stay. `precision` other than float32 is for texts of one vector, to store them: scores need
+        float32.
+
+        Returns:
+            `(n, *vector_shape(task))` numbers of the model's dtype, float32 for bfloat16 in numpy; without the first
+            axis for a single input.
 
         Raises:
-            ValueError: no side named, or vectors that are not finite.
+            ValueError: no side named (no `task`), vectors that are not finite, an option that makes no sense.
             TypeError: an input that is no text (no conversation, on the context side).
         """
         if task not in ("query", "document"):
             raise ValueError(ASK_FOR_A_SIDE)
+        if output_value not in ("sentence_embedding", "token_embeddings", None):
+            raise ValueError(f"output_value is 'sentence_embedding', 'token_embeddings' or None, not {output_value!r}.")
+        several = len(self.vector_shape(task)) > 1
+        if several and precision not in (None, "float32"):
+            raise ValueError(
+                f"precision={precision!r} is for candidates that are stored; context vectors are few and all-zero ones "
+                "mean padding, so they stay float32. Leave precision out for contexts."
+            )
         single = is_single_context(inputs) if task == "query" else isinstance(inputs, str)
         batch = [inputs] if single else inputs
         texts = self.context_texts(batch) if task == "query" else candidate_texts(batch)
-        vectors = super().encode(texts, *args, task=task, output_value=output_value, **kwargs)
-        if output_value == "sentence_embedding":
-            vectors = self._checked(vectors, task)
+        vectors = super().encode(
+            texts,
+            prompt_name=prompt_name,
+            prompt=prompt,
+            batch_size=batch_size,
+            show_progress_bar=show_progress_bar,
+            output_value=output_value,
+            precision=precision,
+            convert_to_numpy=convert_to_numpy,
+            convert_to_tensor=convert_to_tensor,
+            device=device,
+            # Upstream normalises axis 1, which is not the vectors' axis where a text has several.
+            normalize_embeddings=normalize_embeddings and not several,
+            truncate_dim=truncate_dim,
+            task=task,
+            **kwargs,
+        )
+        if len(texts) == 0 and not isinstance(vectors, list):  # upstream's has lost its axes
+            *several_axis, width = self.vector_shape(task)
+            empty = torch.empty(
+                (0, *several_axis, min(width, truncate_dim or width)), device=getattr(vectors, "device", None)
+            )
+            return empty.numpy() if isinstance(vectors, np.ndarray) else empty
+        if normalize_embeddings and several and output_value == "sentence_embedding":
+            vectors = _normalised(vectors)
         return vectors[0] if single else vectors
 
-    def _checked(self, vectors: Any, task: Task) -> Any:
-        if len(vectors) == 0:  # upstream's has lost its axes
-            if isinstance(vectors, list):
-                return vectors
-            empty = torch.empty((0, *self.vector_shape(task)), device=getattr(vectors, "device", None))
-            return empty.numpy() if isinstance(vectors, np.ndarray) else empty
-        parts = vectors if isinstance(vectors, list) else [vectors]
-        if not all(bool(torch.as_tensor(part).isfinite().all()) for part in parts):
-            raise ValueError(
-                "The model gave vectors with NaN or infinity: its weights are broken, or overflow in this precision. "
-                "Load a good checkpoint, or use float32."
-            )
-        return vectors
+    def _inference(self, inputs: list[Any], **kwargs: Any) -> Any:
+        return finite(super()._inference(inputs, **kwargs))
 
     def preprocess(
         self, inputs: Sequence[Any], prompt: str | None = None, task: Task | None = None, **kwargs: Any
@@ -128,18 +173,40 @@ class TwoSidedEncoder(SentenceTransformer):
         save_staged(super().save, path, *args, **kwargs)
 
 
+def finite(outputs: Any) -> Any:
+    """What a model gave, if it holds no NaN and no infinity.
+
+    Raises:
+        ValueError: it does.
+    """
+    for output in outputs if isinstance(outputs, list) else [outputs]:
+        for tensor in output.values() if isinstance(output, dict) else [output]:
+            if isinstance(tensor, torch.Tensor) and not bool(tensor.isfinite().all()):
+                raise ValueError(
+                    "The model gave numbers that are NaN or infinite: its weights are broken, or overflow in this "
+                    "precision. Load a good checkpoint, or use float32."
+                )
+    return outputs
+
+
+def _normalised(vectors: Any) -> Any:
+    if isinstance(vectors, np.ndarray):
+        return normalize(torch.from_numpy(vectors), dim=-1).numpy()
+    if isinstance(vectors, list):
+        return [normalize(vector, dim=-1) for vector in vectors]
+    return normalize(vectors, dim=-1)
+
+
 def ranking_inputs(context: Any, candidates: Any, separator: str, top_k: int | None) -> tuple[str, list[str]]:
     """The checked texts of a ranking."""
-    if top_k is not None and top_k < 0:
-        raise ValueError(f"top_k must be at least 0, or None for all, got {top_k}.")
+    if top_k is not None and (not isinstance(top_k, int) or top_k < 0):
+        raise ValueError(f"top_k must be a whole number of at least 0, or None for all, got {top_k!r}.")
     return context_text(context, separator), candidate_texts(candidates)
 
 
 def ranking(scores: torch.Tensor, texts: list[str], top_k: int | None, return_documents: bool) -> list[Ranked]:
     """`(n,)` scores as a ranking, equal ones in the order given."""
-    if not bool(scores.isfinite().all()):
-        raise ValueError("The model gave scores with NaN or infinity: its weights are broken. Load a good checkpoint.")
-    values, order = scores.sort(descending=True, stable=True)
+    values, order = finite(scores).sort(descending=True, stable=True)
     entries = [Ranked(corpus_id=i, score=value) for i, value in zip(order.tolist(), values.tolist(), strict=True)]
     if return_documents:
         for entry in entries:
@@ -166,3 +233,23 @@ def clear_load_errors(path: Any) -> Iterator[None]:
         raise OSError(
             f"The weights in {path} are truncated or corrupted ({error}). Download or save the model again."
         ) from error
+    except json.JSONDecodeError as error:
+        raise OSError(
+            f"A JSON file in {path} is truncated or corrupted ({error}). Download or save the model again."
+        ) from error
+
+
+def refuse_poly_encoder(path: str, options: dict[str, Any]) -> None:
+    """Say of a Poly-encoder which class loads it, before another class fails on it.
+
+    Raises:
+        ValueError: the checkpoint at `path` is one.
+    """
+    hub = {
+        name: options[name]
+        for name in ("token", "revision", "local_files_only", "trust_remote_code")
+        if name in options
+    }
+    config = AutoConfig.from_pretrained(path, cache_dir=options.get("cache_folder"), **hub)
+    if config.model_type == "poly-encoder":
+        raise ValueError(f"{path} is a PolyEncoder; load it with poly_encoders.PolyEncoder(path).")

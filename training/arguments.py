@@ -75,6 +75,9 @@ class PaperArguments:
             self.bf16 = has_fast_bf16() and not getattr(self, "fp16", False)
         if self.bf16 and not torch.accelerator.is_available():
             self.use_cpu = True  # transformers allows bfloat16 on a CPU only where the CPU was asked for
+        if self.ddp_find_unused_parameters is None:  # type: ignore[has-type]
+            # Each side is a forward of its own, after which the other side's parameters look unused; none is.
+            self.ddp_find_unused_parameters: bool | None = False
         super().__post_init__()  # type: ignore[misc]
 
 

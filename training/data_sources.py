@@ -86,7 +86,9 @@ def load_ranking_sets(
     for row in sample_examples(data, limit, seed):
         candidates = [row[right_column], *(row[name] for name in wrong_columns)][:size]
         others = (
-            (text for text in draw.sample(pool, len(pool)) if text not in candidates) if len(candidates) < size else ()
+            (text for text in draw.sample(pool, min(len(pool), size + len(candidates))) if text not in candidates)
+            if len(candidates) < size
+            else ()
         )
         for text in others:
             candidates.append(text)

@@ -34,8 +34,8 @@ def test_forms_of_a_context_are_one(poly_encoder):
     turns = ["hi", "how are you?"]
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "how are you?"}]
     vectors = poly_encoder.encode_query([turns, messages, "hi\nhow are you?"])
-    np.testing.assert_array_equal(vectors[0], vectors[1])
-    np.testing.assert_array_equal(vectors[0], vectors[2])
+    np.testing.assert_allclose(vectors[0], vectors[1], atol=1e-6)
+    np.testing.assert_allclose(vectors[0], vectors[2], atol=1e-6)
     np.testing.assert_allclose(poly_encoder.encode_query(messages), vectors[0], atol=1e-5)
 
 
