@@ -1,7 +1,7 @@
 # Two environments: .venv runs things, .venv-dev has the development tools as well. Both are made on first use.
 PYTHON ?= python3
-# A CPU build of torch is enough here; set TORCH to choose another, e.g. TORCH="torch==2.13.0".
-TORCH ?= torch>=2.9
+# The torch that the README's figures were taken with. Any other from 2.9 on will do: make quickstart TORCH=torch
+TORCH ?= torch==2.13.0
 
 .PHONY: quickstart compare test check wheel clean help
 

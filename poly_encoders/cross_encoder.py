@@ -6,6 +6,7 @@ with plain `sentence_transformers.CrossEncoder` and with `AutoModelForSequenceCl
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -231,7 +232,7 @@ class _PairTokenizer:
         own = [position for position, special in enumerate(row.special_tokens_mask) if not special]
         first, last = own[: len(context.ids)], own[len(context.ids) :]
         cuts = [0, first[0], first[-1] + 1, last[0], last[-1] + 1, len(row.ids)]
-        parts = [slice(start, end) for start, end in zip(cuts[:-1], cuts[1:], strict=True)]
+        parts = [slice(start, end) for start, end in pairwise(cuts)]
         return [row.ids[parts[i]] for i in (0, 2, 4)], [row.type_ids[part] for part in parts]
 
     def _row(self, context: list[int], candidate: list[int]) -> dict[str, list[int]]:

@@ -70,14 +70,16 @@ class PaperArguments:
         default=None, metadata={"help": "Of the backbones' dropout modules; as the checkpoint says when left out."}
     )
 
+    # Each side is a forward of its own, after which the other side's parameters look unused; none is.
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Whether distributed training looks for parameters without a gradient."}
+    )
+
     def __post_init__(self) -> None:
         if self.bf16 is None:
             self.bf16 = has_fast_bf16() and not getattr(self, "fp16", False)
         if self.bf16 and not torch.accelerator.is_available():
             self.use_cpu = True  # transformers allows bfloat16 on a CPU only where the CPU was asked for
-        if self.ddp_find_unused_parameters is None:  # type: ignore[has-type]
-            # Each side is a forward of its own, after which the other side's parameters look unused; none is.
-            self.ddp_find_unused_parameters: bool | None = False
         super().__post_init__()  # type: ignore[misc]
 
 

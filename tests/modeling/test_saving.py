@@ -76,3 +76,29 @@ def test_staging_leaves_nothing_behind(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("after", range(1, 8))
+def test_a_failure_while_files_move_puts_the_old_ones_back(tmp_path, monkeypatch, after):
+    folder = tmp_path / "model"
+    tiny.poly_model(seed=0).save_pretrained(folder)
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    moves = []
+    original = Path.replace
+
+    def sometimes(self, target):
+        moves.append(target)
+        if len(moves) == after:
+            raise OSError("Input/output error")
+        return original(self, target)
+
+    monkeypatch.setattr(Path, "replace", sometimes)
+    with pytest.raises(OSError, match="Input/output"):
+        tiny.poly_model(seed=1, num_codes=9).save_pretrained(folder)
+    monkeypatch.undo()
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+def test_a_process_that_is_not_the_main_one_writes_nothing(tmp_path):
+    tiny.poly_model().save_pretrained(tmp_path / "model", is_main_process=False)
+    assert not [file for file in tmp_path.rglob("*") if file.is_file()]

@@ -192,3 +192,40 @@ def test_a_failed_save_leaves_the_old_folder(checkpoints, tmp_path, monkeypatch)
         model.save_pretrained(str(folder))
     assert {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
+
+
+def test_m_of_zero_is_refused(checkpoints):
+    with pytest.raises(ValueError, match="at least 1"):
+        make(checkpoints, reduction="first_m_mean", m=0)
+
+
+def test_a_prompt_stays_before_a_long_context(checkpoints):
+    model = make(checkpoints, max_context_length=8)
+    ids = model.preprocess(["abcdefghijklmnop"], prompt="Q:", task="query")["input_ids"][0]
+    assert model._transformers()[0].tokenizer.decode(ids, skip_special_tokens=True).replace(" ", "") == "Q:mnop"
+    with pytest.raises(ValueError, match="alone fills"):
+        model.encode_query(["a"], prompt="far too long a prompt")
+
+
+def test_a_router_of_another_s_is_arranged_as_well(sentence_transformer_folder, tmp_path):
+    from copy import deepcopy
+
+    from sentence_transformers.base.modules import Router
+
+    side = list(SentenceTransformer(sentence_transformer_folder, device="cpu"))
+    router = Router.for_query_document(side, deepcopy(side))
+    SentenceTransformer(modules=[router], device="cpu").save(str(tmp_path))
+    model = BiEncoder(str(tmp_path), reduction="first", device="cpu")
+    kinds = [type(module).__name__ for module in model[0].sub_modules["query"]]
+    assert kinds == ["Transformer", "Pooling"]
+    assert model[0].sub_modules["document"][1].pooling_mode == "cls"
+    with pytest.raises(ValueError, match="share_encoders"):
+        BiEncoder(str(tmp_path), share_encoders=True, device="cpu")
+
+
+def test_nan_is_an_error_before_it_is_quantised(checkpoints):
+    model = make(checkpoints)
+    with torch.no_grad():
+        model._transformers()[1].model.embeddings.word_embeddings.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="NaN"):
+        model.encode_document(["x", "y"], precision="binary")

@@ -132,3 +132,29 @@ def test_truncated_weights(model, tmp_path):
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(OSError, match="truncated or corrupted"):
         CrossEncoder(str(tmp_path), device="cpu")
+
+
+def test_texts_of_a_million_characters_are_linear(model):
+    """Cut-off parts were once paired up with each other: 10,000 characters took half a minute, a million all memory."""
+    assert model.predict([("a" * 1_000_000, "b" * 1_000_000)]).shape == (1,)
+
+
+def test_upstream_sees_the_segments_too(model, tmp_path):
+    """A tokenizer that does not name token_type_ids once lost them on the way to upstream's CrossEncoder."""
+    with torch.no_grad():
+        model[0].model.bert.embeddings.token_type_embeddings.weight[1].add_(5)
+    model.save_pretrained(str(tmp_path))
+    plain = sentence_transformers.CrossEncoder(str(tmp_path), device="cpu")
+    np.testing.assert_allclose(plain.predict([("ab", "cd")]), model.predict([("ab", "cd")]), atol=1e-6)
+
+
+def test_limits_that_nobody_asked_for_are_not_saved(checkpoints, tmp_path):
+    CrossEncoder(checkpoints(), device="cpu").save_pretrained(str(tmp_path))
+    assert CrossEncoder(str(tmp_path), device="cpu", max_candidate_length=40).length_limits() == (23, 40)
+
+
+def test_nan_is_an_error_in_predict(model):
+    with torch.no_grad():
+        model[0].model.classifier.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="NaN"):
+        model.predict([("a", "b")])

@@ -548,3 +548,71 @@ def test_copies_are_independent(poly_encoder):
     with torch.no_grad():
         copy[0].model.codes.zero_()
     assert poly_encoder[0].model.codes.abs().sum() > 0
+
+
+def test_a_folder_of_transformers_alone_refuses_other_options_too(poly_encoder, tmp_path):
+    poly_encoder[0].model.save_pretrained(tmp_path)
+    poly_encoder.tokenizer.save_pretrained(tmp_path)
+    for options in ({"num_codes": 8}, {"share_encoders": True}, {"candidate_vector": "first"}):
+        with pytest.raises(ValueError, match="would need training anew"):
+            PolyEncoder(str(tmp_path), device="cpu", **options)
+
+
+def test_an_encoder_with_weights_missing_is_refused(checkpoints, tmp_path):
+    from pathlib import Path
+
+    from safetensors.torch import load_file, save_file
+
+    for file in Path(checkpoints()).iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file({k: weights[k] for k in sorted(weights)[::2]}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(OSError, match="does not hold"):
+        PolyEncoder(str(tmp_path), device="cpu")
+
+
+def test_two_vocabularies_are_refused(sentence_transformer_folder, tmp_path):
+    from copy import deepcopy
+
+    from sentence_transformers.base.modules import Router
+
+    side = list(SentenceTransformer(sentence_transformer_folder, device="cpu"))
+    other = deepcopy(side)
+    other[0].tokenizer.add_tokens(["newword"])
+    other[0].model.resize_token_embeddings(len(other[0].tokenizer))
+    SentenceTransformer(modules=[Router.for_query_document(side, other)], device="cpu").save(str(tmp_path))
+    with pytest.raises(ValueError, match="different vocabularies"):
+        PolyEncoder(str(tmp_path), device="cpu")
+
+
+def test_a_prompt_that_leaves_no_room_for_a_candidate(poly_encoder):
+    with pytest.raises(ValueError, match="alone fills"):
+        poly_encoder.encode_document(["x"], prompt="Q" * 500)
+
+
+@pytest.mark.parametrize(
+    "options", [{"precision": "int8"}, {"output_value": "token_embeddings"}, {"output_value": None}]
+)
+def test_nan_is_an_error_in_every_form(poly_encoder, options):
+    with torch.no_grad():
+        poly_encoder[0].model.candidate_encoder.embeddings.LayerNorm.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="NaN"):
+        poly_encoder.encode_document(["a", "b"], **options)
+
+
+def test_no_candidates_give_no_scores(poly_encoder):
+    assert poly_encoder.similarity(poly_encoder.encode_query(["a", "b"]), []).shape == (2, 0)
+    assert poly_encoder.encode_document([], truncate_dim=8).shape == (0, 8)
+
+
+def test_upstream_s_positional_arguments(poly_encoder):
+    found = poly_encoder.encode("yes", None, None, 1, False, "sentence_embedding", task="document")
+    np.testing.assert_array_equal(found, poly_encoder.encode_document("yes"))
+
+
+def test_damaged_json_is_named(saved_poly_encoder, tmp_path):
+    for file in saved_poly_encoder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "config_sentence_transformers.json").write_text('{"model_type": "Poly')
+    with pytest.raises(OSError, match="JSON file"):
+        PolyEncoder(str(tmp_path), device="cpu")
