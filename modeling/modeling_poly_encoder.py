@@ -9,7 +9,8 @@
 Departures: padding is masked out of every softmax, which the paper leaves implicit, and y(x) is never built, because
 with d_i = x . y_i the score is sum_i softmax(d)_i d_i.
 
-This file travels to the Hub beside the weights, so it imports the standard library, torch and transformers only.
+This file travels to the Hub beside the weights, so it imports the standard library, torch and transformers only, and
+it is one file, because whatever it imported would have to travel with it.
 """
 
 import contextlib
