@@ -161,7 +161,7 @@ def _print_quality(result: Result) -> None:
 def _print_comparison(results: list[Result]) -> None:
     table = Table(title=f"The three encoders, each trained on the same {results[0].examples:,} examples")
     for heading in ("", "contexts", "R@1/20 before", "R@1/20", "R@5/20", "MRR", "training", "1,000 candidates"):
-        table.add_column(heading, justify="right" if heading else "left")
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=not heading)
     for result in results:
         table.add_row(
             NAMES[result.architecture],
