@@ -3,7 +3,7 @@
 import json
 import logging
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from sentence_transformers.sentence_transformer.modules import Pooling
 from sentence_transformers.util import load_dir_path, load_file_path
@@ -70,20 +70,13 @@ def module_from_sentence_transformer(path: str, hub: dict[str, Any], options: "B
     return PolyEncoderModule(model, tokenizers["query"])
 
 
-class BuildOptions:
+class BuildOptions(NamedTuple):
     """What a caller passed to `PolyEncoder(...)` for the model, the tokenizer and the configuration."""
 
-    def __init__(
-        self,
-        trust_remote_code: bool = False,
-        model: dict[str, Any] | None = None,
-        processor: dict[str, Any] | None = None,
-        config: dict[str, Any] | None = None,
-    ) -> None:
-        self.trust_remote_code = trust_remote_code
-        self.model = dict(model or {})
-        self.processor = dict(processor or {})
-        self.config = dict(config or {})
+    trust_remote_code: bool
+    model: dict[str, Any]
+    processor: dict[str, Any]
+    config: dict[str, Any]
 
 
 def _read_sides(path: str, hub: dict[str, Any]) -> dict[str, list[tuple[str, str]]]:

@@ -66,7 +66,7 @@ def room_beside_prompt(prompt: str, tokenizer: Any, limit: int) -> int:
 
 def last_tokens(text: str, tokenizer: Any, count: int) -> str:
     """The end of `text` that holds its last `count` tokens."""
-    if len(text) <= count:  # a token is at least a character
+    if len(text.encode()) < count:  # a token is at least a byte, not a character: byte-level ones split an emoji
         return text
     if not tokenizer.is_fast:
         raise ValueError("A prompt before long contexts needs a fast tokenizer, which knows where each token stands.")

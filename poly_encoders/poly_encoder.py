@@ -102,9 +102,9 @@ class PolyEncoder(TwoSidedEncoder):
         }
         options = BuildOptions(
             kwargs.get("trust_remote_code", False),
-            kwargs.get("model_kwargs"),
-            kwargs.get("processor_kwargs"),
-            kwargs.get("config_kwargs"),
+            kwargs.get("model_kwargs") or {},
+            kwargs.get("processor_kwargs") or {},
+            kwargs.get("config_kwargs") or {},
         )
         module = build(path, hub, options)
         if not hub["local_files_only"]:

@@ -1,0 +1,27 @@
+"""Cutting texts to a number of tokens."""
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import tiny
+from poly_encoders.lengths import last_tokens
+
+
+def test_the_last_tokens():
+    tokenizer = tiny.make_tokenizer()
+    assert last_tokens("abcdef", tokenizer, 2) == "ef"
+    assert last_tokens("abcdef", tokenizer, 6) == "abcdef"
+    assert last_tokens("", tokenizer, 3) == ""
+
+
+def test_a_character_may_be_several_tokens():
+    """Counting characters once let byte-level texts of few characters and many tokens through uncut."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    text = "\U0001f600" * 5  # 20 tokens
+    cut = last_tokens(text, tokenizer, 8)
+    assert cut == "\U0001f600" * 2
+    assert len(tokenizer(cut)["input_ids"]) == 8
