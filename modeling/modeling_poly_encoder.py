@@ -64,7 +64,7 @@ def poly_score(context: Tensor, candidates: Tensor, scale: float = 1.0) -> Tenso
     Raises:
         ValueError: the shapes do not fit together.
     """
-    _check_vectors(context, candidates)
+    check_vectors(context, candidates)
     with maybe_autocast(device_type=context.device.type, enabled=False):
         dtype = torch.promote_types(torch.promote_types(context.dtype, candidates.dtype), torch.float32)
         context, candidates = context.to(dtype), candidates.to(dtype)
@@ -75,7 +75,8 @@ def poly_score(context: Tensor, candidates: Tensor, scale: float = 1.0) -> Tenso
         return (weights * dots).sum(dim=-1)
 
 
-def _check_vectors(context: Tensor, candidates: Tensor) -> None:
+def check_vectors(context: Tensor, candidates: Tensor) -> None:
+    """Raise a ValueError that says what is wrong with the shapes, if they are not as `poly_score` takes them."""
     if context.dim() != 3 or candidates.dim() not in (2, 3):
         raise ValueError(
             f"Context vectors have shape {tuple(context.shape)}, candidate vectors {tuple(candidates.shape)}; expected "
@@ -601,4 +602,4 @@ def _umask() -> int:
     return mask
 
 
-__all__ = ["PolyEncoderModel", "PolyEncoderOutput", "poly_score", "staged_folder"]
+__all__ = ["PolyEncoderModel", "PolyEncoderOutput", "check_vectors", "poly_score", "staged_folder"]

@@ -134,6 +134,11 @@ class PolyEncoder(TwoSidedEncoder):
         if value not in (None, "poly"):
             raise ValueError(f"A Poly-encoder scores by attention over its context vectors, not by {value!r}.")
 
+    @property
+    def final_scale(self) -> float:
+        """Factor on the dots in the softmax of the score: give it to `poly_encoders.scoring.top_k` as `scale`."""
+        return self[0].model.final_scale
+
     def similarity(self, embeddings1: Vectors, embeddings2: Vectors) -> Tensor:
         """Score every candidate against every context.
 
@@ -154,7 +159,7 @@ class PolyEncoder(TwoSidedEncoder):
         contexts, candidates = self._context_vectors(embeddings1), _floats(embeddings2)
         if candidates.numel() == 0:
             return contexts.new_empty((len(contexts), 0))
-        return score(contexts, candidates[None] if candidates.dim() == 1 else candidates, self[0].model.final_scale)
+        return score(contexts, candidates[None] if candidates.dim() == 1 else candidates, self.final_scale)
 
     def similarity_pairwise(self, embeddings1: Vectors, embeddings2: Vectors) -> Tensor:
         """Score the i-th candidate against the i-th context: `(n, m, dim)` and `(n, dim)` to `(n,)`."""
@@ -165,7 +170,7 @@ class PolyEncoder(TwoSidedEncoder):
             raise ValueError(
                 f"{len(contexts)} contexts and {len(candidates)} candidates make no pairs; pass as many of each."
             )
-        return score(contexts, candidates[:, None], self[0].model.final_scale)[:, 0]
+        return score(contexts, candidates[:, None], self.final_scale)[:, 0]
 
     def _context_vectors(self, vectors: Vectors) -> Tensor:
         contexts, m = _floats(vectors), self[0].config.num_context_vectors

@@ -7,7 +7,7 @@ import torch
 from sentence_transformers import SentenceTransformerTrainingArguments
 from sentence_transformers.cross_encoder import CrossEncoderTrainingArguments as UpstreamCrossEncoderTrainingArguments
 
-from poly_encoders.training.hardware import has_fast_bf16
+from poly_encoders.hardware import has_fast_bf16
 
 Architecture = Literal["poly-encoder", "bi-encoder", "cross-encoder"]
 

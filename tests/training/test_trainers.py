@@ -7,12 +7,12 @@ import torch
 from datasets import Dataset
 
 from poly_encoders import BiEncoder, CandidateRankingEvaluator, CrossEncoder, PolyEncoder, poly_score
+from poly_encoders.hardware import has_fast_bf16
 from poly_encoders.training.arguments import (
     BiEncoderTrainingArguments,
     CrossEncoderTrainingArguments,
     PolyEncoderTrainingArguments,
 )
-from poly_encoders.training.hardware import has_fast_bf16
 from poly_encoders.training.trainers import BiEncoderTrainer, CrossEncoderTrainer, PolyEncoderTrainer
 
 LETTERS = "abcdefghijklmnop"

@@ -1,0 +1,219 @@
+"""The best of very many candidates: a cheap pass over all, and exact scores for the few that it cannot exclude."""
+
+import math
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from poly_encoders.hardware import has_fast_bf16
+from poly_encoders.scoring.candidates import CandidateReader, PreparedCandidates
+from poly_encoders.scoring.passes import GROWTH, Pass, Piece, Workspace, pieces
+from poly_encoders.scoring.shortlist import Shortlist
+
+Precision = Literal["exact", "float32", "bfloat16"]
+
+CONTEXT_VECTORS_AT_ONCE = 2048  # columns of one matrix product: more gain nothing, and take memory
+WAITING = 2**18  # pairs of context and candidate found and not yet on a shortlist
+
+
+class TopK(NamedTuple):
+    """The best candidates of each context, best first, equal scores in the order of their indices."""
+
+    scores: Tensor  # (batch, k) float32
+    indices: Tensor  # (batch, k) int64
+
+
+def top_k(
+    context: Tensor | np.ndarray,
+    candidates: PreparedCandidates | Tensor | np.ndarray,
+    k: int,
+    *,
+    precision: Precision | None = None,
+    scale: float = 1.0,
+    show_progress_bar: bool = False,
+) -> TopK:
+    """The k best candidates for every context, without ever holding all scores.
+
+    `"exact"` and `"float32"` give the same answer to the last bit: the best k by the exact score, rounded to float32,
+    equal ones by index, whatever the pieces, the threads or the machine. They differ in the cheap pass over all that
+    finds who can be among them. After a bfloat16 pass, `poly_encoders.scoring.bounds` proves of the candidates left out
+    that they cannot, and where it can prove that of fewer than nine in ten, float32 takes over. `"bfloat16"` is
+    approximate: its pass alone decides which k are returned, so a candidate close to the last place may be missing;
+    their scores and order are exact.
+
+    Args:
+        context: `(batch, m, dim)` context vectors; all-zero ones are padding. With m = 1 this is the exact search of a
+            Bi-encoder.
+        candidates: `(n, dim)` vectors: a tensor on the contexts' device; a numpy or memory-mapped array, which is read
+            in pieces; or what `prepare` made of either, which spares rounding them in every call.
+        k: How many; all n where there are fewer.
+        precision: `"exact"` by default where the device has fast bfloat16, else `"float32"`.
+        scale: The model's `final_scale`: 1 for basic attention.
+        show_progress_bar: Show one.
+
+    Returns:
+        `(batch, min(k, n))` scores, float32, and indices, int64, on the contexts' device.
+
+    Raises:
+        TypeError: candidates that are not floating-point vectors, or a k that is no whole number.
+        ValueError: shapes or devices that do not fit together, NaN or infinity in the vectors, scores that overflow
+            float32, a negative k, a scale that is not positive, an unknown precision.
+    """
+    context = _checked_context(context)
+    prepared = candidates if isinstance(candidates, PreparedCandidates) else None
+    held = candidates.vectors if isinstance(candidates, PreparedCandidates) else candidates
+    if prepared is not None:
+        reader = CandidateReader(held, prepared.device)
+    else:  # an array is on no device: its pieces go where the contexts are
+        reader = CandidateReader(held, context.device if isinstance(held, np.ndarray) else None)
+    k = _checked(context, reader, k, scale, precision)
+    if k == 0 or len(context) == 0:
+        scores = torch.zeros((len(context), k), device=context.device)
+        return TopK(scores, scores.to(torch.int64))
+    if precision is None:
+        precision = "exact" if has_fast_bf16(context.device) else "float32"
+    with torch.no_grad(), torch.autocast(context.device.type, enabled=False):  # the bounds know nothing of autocast
+        return _search_all(context, reader, prepared, k, scale, precision, show_progress_bar)
+
+
+def _search_all(
+    context: Tensor,
+    reader: CandidateReader,
+    prepared: PreparedCandidates | None,
+    k: int,
+    scale: float,
+    precision: Precision,
+    show_progress_bar: bool,
+) -> TopK:
+    workspace, at_once = Workspace(), max(1, CONTEXT_VECTORS_AT_ONCE // context.shape[1])
+    groups = [_Search(part, reader, k, scale, precision, workspace) for part in context.split(at_once)]
+    columns = len(groups[0].context) * context.shape[1]
+    with tqdm(total=len(reader), desc="Ranking", unit="candidate", disable=not show_progress_bar) as bar:
+        for piece in pieces(reader, prepared, low=precision != "float32", columns=columns):
+            for group in groups:
+                group.look_at(piece)
+            bar.update(piece.size)
+    scores, indices = zip(*(group.finish() for group in groups), strict=True)
+    return TopK(torch.cat(scores), torch.cat(indices))
+
+
+class _Search:
+    """The state of one group of contexts on its way through the candidates.
+
+    Args:
+        context: `(g, m, dim)`.
+        reader: All candidates, for another look at the few.
+        k: At least 1 and at most their number.
+        scale: Factor on the dots inside the softmax.
+        precision: As `top_k`.
+        workspace: Shared by the groups, which take turns.
+    """
+
+    def __init__(
+        self,
+        context: Tensor,
+        reader: CandidateReader,
+        k: int,
+        scale: float,
+        precision: Precision,
+        workspace: Workspace,
+    ) -> None:
+        self.context = context
+        padding = (context == 0).all(dim=-1)
+        padding &= ~padding.all(dim=-1, keepdim=True)  # nothing but zeros is no padding: every score is 0
+        known = padding if bool(padding.any()) else None
+        self.approximate = precision == "bfloat16"
+        self.float32 = Pass(context, known, scale, workspace, low=False)
+        self.sweep = self.float32
+        if precision != "float32":
+            self.sweep = Pass(context, known, scale, workspace, low=True, bounded=not self.approximate)
+        self.shortlists = [Shortlist(which, self.float32, reader, k, self.approximate) for which in range(len(context))]
+        self.threshold = torch.full((len(context),), -torch.inf, device=context.device)
+        self.found: list[tuple[Tensor, ...]] = []
+        self.waiting = self.seen = self.seen_when_settled = 0
+
+    def look_at(self, piece: Piece) -> None:
+        """Sweep over a piece of the candidates, and note who may be among the best."""
+        found = self.sweep.survivors(piece, self.threshold)
+        self.seen += piece.size
+        if found is not None:
+            self.found.append(found)
+            self.waiting += len(found[0])
+        # Thresholds rise ever more slowly: it is enough to raise them when that many times more candidates were seen.
+        if self.seen >= GROWTH * self.seen_when_settled or self.waiting > WAITING:
+            self.settle()
+
+    def settle(self) -> None:
+        """Give those found to their contexts' shortlists, and raise the thresholds."""
+        if not self.found:
+            return
+        which, *columns = (torch.cat(column) for column in zip(*self.found, strict=True))
+        looked_at = (self.seen - self.seen_when_settled) * len(self.context)
+        useless = self.seen_when_settled > 0 and not self.approximate and len(which) > looked_at // 10
+        self.found, self.waiting, self.seen_when_settled = [], 0, self.seen
+        if len(which):
+            order = which.argsort(stable=True)
+            counts = which.bincount(minlength=len(self.context)).tolist()
+            parts = zip(*(column[order].split(counts) for column in columns), strict=True)
+            for shortlist, mine in zip(self.shortlists, parts, strict=True):
+                if len(mine[0]):
+                    shortlist.add(*mine, in_float32=self.sweep is self.float32)
+            self.threshold = torch.stack([shortlist.threshold for shortlist in self.shortlists])
+        if useless:  # bfloat16 excludes too little on these vectors to be worth its pass
+            self.sweep = self.float32
+
+    def finish(self) -> TopK:
+        """The result, once all candidates were looked at."""
+        self.settle()
+        scores, indices = zip(*(shortlist.finish() for shortlist in self.shortlists), strict=True)
+        result = TopK(torch.stack(scores), torch.stack(indices))
+        if not bool(result.scores.isfinite().all()):
+            raise ValueError(
+                "Scores overflow float32, so they cannot be ranked: the vectors are too long. Encode them again, or "
+                "scale contexts and candidates down."
+            )
+        return result
+
+
+def _checked_context(context: Tensor | np.ndarray) -> Tensor:
+    if isinstance(context, np.ndarray):
+        context = torch.from_numpy(np.array(context))  # a copy, as torch warns of read-only memory
+    if not isinstance(context, Tensor) or not context.is_floating_point():
+        what = context.dtype if isinstance(context, Tensor) else type(context).__name__
+        raise TypeError(f"Context vectors are {what}; expected a tensor or numpy array of floating-point numbers.")
+    if context.dim() != 3 or context.shape[1] == 0:
+        raise ValueError(
+            f"Context vectors have shape {tuple(context.shape)}; expected (batch, m, dim), as encode_query gives it. "
+            "For a single context of shape (m, dim) pass context[None]."
+        )
+    if not bool(context.isfinite().all()):
+        raise ValueError(
+            "The context vectors hold NaN or infinity, so nothing can be ranked. Encode the contexts again."
+        )
+    return context.detach()
+
+
+def _checked(context: Tensor, candidates: CandidateReader, k: int, scale: float, precision: str | None) -> int:
+    """k, at most the number of candidates."""
+    if context.shape[-1] != candidates.dim:
+        raise ValueError(
+            f"Context vectors are {context.shape[-1]} wide, candidate vectors {candidates.dim}; they must match. "
+            "Encode both with one model, or rebuild the candidate cache."
+        )
+    if context.device != candidates.device:
+        raise ValueError(
+            f"Context vectors are on {context.device}, candidate vectors on {candidates.device}. "
+            "Move one of them with .to(device) first."
+        )
+    if isinstance(k, bool) or not isinstance(k, int | np.integer):
+        raise TypeError(f"k must be a whole number, got {k!r}.")
+    if k < 0:
+        raise ValueError(f"k must be at least 0, got {k}.")
+    if not 0 < scale < math.inf:
+        raise ValueError(f"scale must be a positive number, got {scale}; take the model's final_scale.")
+    if precision not in (None, *get_args(Precision)):
+        raise ValueError(f"precision is one of {', '.join(get_args(Precision))}, not {precision!r}.")
+    return min(int(k), len(candidates))

@@ -1,0 +1,105 @@
+"""Preparing candidates, and reading them from whatever holds them."""
+
+import numpy as np
+import pytest
+import torch
+
+from poly_encoders.scoring import PreparedCandidates, prepare
+from poly_encoders.scoring.candidates import CandidateReader
+from vectors import KINDS, vectors
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_lengths_are_upper_bounds(kind, dtype):
+    candidates = vectors(kind, b=1, m=1, n=64, dim=96)[1].to(dtype)
+    candidates = candidates[candidates.isfinite().all(dim=1)]  # float16 cannot hold the huge ones
+    prepared = prepare(candidates)
+    exact, low = candidates.double(), prepared.low.double()
+    assert prepared.low.dtype == torch.bfloat16
+    assert prepared.norms.dtype == prepared.residuals.dtype == torch.float32
+    assert (prepared.norms.double() >= exact.norm(dim=1)).all()
+    assert (prepared.residuals.double() >= (exact - low).norm(dim=1)).all()
+    if kind == "normal":
+        torch.testing.assert_close(prepared.norms.double(), exact.norm(dim=1), rtol=1e-4, atol=0)
+        torch.testing.assert_close(prepared.residuals.double(), (exact - low).norm(dim=1), rtol=1e-4, atol=1e-9)
+
+
+def test_candidates_that_are_bfloat16_already_are_not_copied():
+    candidates = torch.randn(5, 8).bfloat16()
+    prepared = prepare(candidates)
+    assert prepared.low.data_ptr() == candidates.data_ptr()
+    assert not prepared.residuals.any()
+
+
+def test_what_is_prepared_refers_to_the_vectors():
+    candidates = np.random.default_rng(0).normal(size=(3000, 8)).astype(np.float32)
+    prepared = prepare(candidates, show_progress_bar=True)
+    assert prepared.vectors is candidates
+    assert isinstance(prepared, PreparedCandidates)
+    assert (len(prepared), prepared.dim, prepared.device.type) == (3000, 8, "cpu")
+    assert torch.equal(prepared.low, torch.from_numpy(candidates).bfloat16())
+
+
+def test_nothing_can_be_prepared():
+    assert len(prepare(torch.empty(0, 8))) == 0
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_the_candidate_that_is_not_finite_is_named(bad):
+    candidates = torch.randn(3000, 8)
+    candidates[2345, 3] = bad
+    with pytest.raises(ValueError, match="Candidate 2345 holds NaN or infinity"):
+        prepare(candidates)
+
+
+@pytest.mark.parametrize(
+    ("candidates", "error", "message"),
+    [
+        ([[1.0, 2.0]], TypeError, "a list"),
+        (torch.ones(3, 2, dtype=torch.int8), TypeError, r"torch.int8.*precision='float32'"),
+        (np.ones((3, 2), dtype=np.uint8), TypeError, r"uint8.*precision='float32'"),
+        (np.ones((3, 2), dtype=bool), TypeError, "bool"),
+        (np.ones((3, 2), dtype=np.complex64), TypeError, "complex64"),
+        (torch.ones(3), ValueError, r"\(3,\)"),
+        (np.ones((3, 2, 2)), ValueError, r"\(3, 2, 2\)"),
+    ],
+)
+def test_what_is_no_set_of_vectors_is_refused(candidates, error, message):
+    with pytest.raises(error, match=message):
+        prepare(candidates)
+
+
+def held_in_many_ways(vectors, folder):
+    """The same vectors in all that can hold them."""
+    array = vectors.numpy()
+    yield "tensor", vectors
+    yield "tensor that wants gradients", vectors.clone().requires_grad_()
+    yield "transposed tensor", vectors.T.contiguous().T
+    yield "every other row", vectors.repeat_interleave(2, dim=0)[::2]
+    yield "array", array
+    yield "fortran order", np.asfortranarray(array)
+    yield "backwards", array[::-1].copy()[::-1]
+    yield "every other column", np.repeat(array, 2, axis=1)[:, ::2]
+    yield "big endian", array.astype(">f4")
+    records = np.zeros(len(array), dtype=[("vector", "f4", array.shape[1]), ("flag", "i1")])
+    records["vector"] = array
+    yield "field of records", records["vector"]
+    frozen = array.copy()
+    frozen.flags.writeable = False
+    yield "read-only", frozen
+    array.tofile(folder / "vectors.bin")
+    for mode in ("r", "r+", "c"):
+        yield f"memory map {mode}", np.memmap(folder / "vectors.bin", np.float32, mode, shape=array.shape)
+
+
+@pytest.mark.filterwarnings("error")
+def test_every_container_reads_the_same(tmp_path):
+    vectors = torch.randn(20, 6)
+    index = torch.tensor([3, 3, 19, 0])
+    for name, held in held_in_many_ways(vectors, tmp_path):
+        reader = CandidateReader(held)
+        assert (len(reader), reader.dim) == (20, 6), name
+        assert torch.equal(reader.rows(2, 9), vectors[2:9]), name
+        assert torch.equal(reader.gather(index), vectors[index]), name
+        assert torch.equal(prepare(held).low, vectors.bfloat16()), name

@@ -1,0 +1,135 @@
+"""The training form against the plain one: values, gradients, what it keeps, autocast and torch.compile."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from poly_encoders.modeling import poly_score
+from poly_encoders.scoring import score
+from poly_encoders.scoring.dense import DOTS_AT_ONCE
+
+SIZES = [(1, 1, 1, 1), (1, 4, 7, 3), (3, 1, 2, 5), (3, 16, 1, 4), (2, 3, 5, 1), (5, 4, 9, 6)]
+
+
+def value_and_gradients(function, context, candidates, scale=1.0, **options):
+    context, candidates = context.detach().requires_grad_(), candidates.detach().requires_grad_()
+    scores = function(context, candidates, scale, **options)
+    outer = torch.linspace(-1, 2, scores.numel(), dtype=scores.dtype).view_as(scores)
+    return scores.detach(), *torch.autograd.grad(scores, (context, candidates), outer)
+
+
+def assert_same(found, expected):
+    assert len(found) == len(expected) == 3
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize(("b", "m", "n", "dim"), SIZES)
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+@pytest.mark.parametrize("budget", [1, 7, DOTS_AT_ONCE])
+def test_values_and_gradients_are_the_plain_form_s(b, m, n, dim, own, scale, budget):
+    torch.manual_seed(0)
+    context, candidates = torch.randn(b, m, dim), torch.randn((b, n, dim) if own else (n, dim))
+    found = value_and_gradients(score, context, candidates, scale, dots_at_once=budget)
+    assert_same(found, value_and_gradients(poly_score, context, candidates, scale))
+
+
+@settings(max_examples=60, deadline=None)
+@given(b=st.integers(1, 5), m=st.integers(1, 5), n=st.integers(1, 9), budget=st.integers(1, 60), own=st.booleans())
+def test_pieces_change_nothing(b, m, n, budget, own):
+    torch.manual_seed(b + 10 * m + 100 * n)
+    context, candidates = torch.randn(b, m, 6), torch.randn((b, n, 6) if own else (n, 6))
+    found = value_and_gradients(score, context, candidates, 0.5, dots_at_once=budget)
+    assert_same(found, value_and_gradients(poly_score, context, candidates, 0.5))
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("scale", [1.0, 0.4])
+def test_gradient_is_right_in_double_precision(own, scale):
+    torch.manual_seed(0)
+    context = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    candidates = torch.randn((2, 5, 4) if own else (5, 4), dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda y, x: score(y, x, scale, dots_at_once=8), (context, candidates))
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_padding_takes_no_part_and_gets_no_gradient(own):
+    torch.manual_seed(0)
+    context, candidates = torch.randn(3, 4, 6), torch.randn((3, 5, 6) if own else (5, 6))
+    context[0, 2:] = 0
+    context[1, :1] = 0
+    context[2] = 0  # nothing but padding
+    found = value_and_gradients(score, context, candidates)
+    assert_same(found, value_and_gradients(poly_score, context, candidates))
+    assert not found[1][0, 2:].any()
+    torch.testing.assert_close(found[0][0], score(context[:1, :2], candidates[:1] if own else candidates)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_scored_in_float32_and_its_gradients_return_in_its_dtype(dtype):
+    torch.manual_seed(0)
+    context, candidates = torch.randn(3, 4, 6).to(dtype), torch.randn(5, 6).to(dtype)
+    found = value_and_gradients(score, context, candidates)
+    assert [part.dtype for part in found] == [torch.float32, dtype, dtype]
+    assert_same(found, value_and_gradients(poly_score, context, candidates))
+
+
+def test_autocast_changes_nothing():
+    torch.manual_seed(0)
+    context, candidates = torch.randn(3, 4, 32), torch.randn(5, 32)
+    outside = value_and_gradients(score, context, candidates)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = value_and_gradients(score, context, candidates)
+    for one, other in zip(inside, outside, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_compiles_as_one_graph(own):
+    torch.manual_seed(0)
+    compiled = torch.compile(lambda y, x, s: score(y * 2, x, s), backend="aot_eager", fullgraph=True)
+    for n in (5, 9):  # the second with another shape
+        context, candidates = torch.randn(3, 4, 6), torch.randn((3, n, 6) if own else (n, 6))
+        found = value_and_gradients(compiled, context, candidates, 0.5)
+        assert_same(found, value_and_gradients(lambda y, x, s: poly_score(y * 2, x, s), context, candidates, 0.5))
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_is_a_well_formed_operator(own):
+    context = torch.randn(3, 4, 6, requires_grad=True)
+    candidates = torch.randn((3, 5, 6) if own else (5, 6), requires_grad=True)
+    torch.library.opcheck(torch.ops.poly_encoders.score.default, (context, candidates, 0.5, 16))
+
+
+def test_keeps_the_inputs_and_the_scores_alone():
+    kept = []
+    context, candidates = torch.randn(8, 16, 6, requires_grad=True), torch.randn(9, 6, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape) or tensor, lambda x: x):
+        score(context, candidates)
+    assert sorted(kept) == sorted([context.shape, candidates.shape, (8, 9)])
+
+
+def test_no_contexts_and_no_candidates():
+    assert score(torch.empty(0, 3, 4), torch.randn(5, 4)).shape == (0, 5)
+    assert score(torch.randn(2, 3, 4), torch.empty(0, 4)).shape == (2, 0)
+    context = torch.randn(2, 3, 4, requires_grad=True)
+    score(context, torch.empty(0, 4)).sum().backward()
+    assert not context.grad.any()
+
+
+def test_gradient_of_one_side_alone():
+    context, candidates = torch.randn(2, 3, 4), torch.randn(5, 4, requires_grad=True)
+    score(context, candidates).sum().backward()
+    assert candidates.grad.abs().sum() > 0
+
+
+def test_devices_that_differ_are_named():
+    with pytest.raises(ValueError, match=r"on cpu, candidate vectors on meta"):
+        score(torch.randn(2, 3, 4), torch.empty(5, 4, device="meta"))
+
+
+def test_shapes_that_do_not_fit_are_named():
+    with pytest.raises(ValueError, match=r"\(2, 3, 4\).*\(5,\)"):
+        score(torch.randn(2, 3, 4), torch.randn(5))

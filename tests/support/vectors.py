@@ -1,0 +1,40 @@
+"""Contexts and candidates made to be hard to rank in low precision."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def _halfway(candidates: Tensor) -> Tensor:
+    """Numbers that rounding to bfloat16 moves as far as it can."""
+    exponents = torch.randint(-3, 4, candidates.shape).float()
+    return candidates.sign() * (1 + 2.0**-8 + 2.0**-20) * 2**exponents
+
+
+def _lengths(n: int) -> Tensor:
+    return torch.logspace(-1, 1, n)[torch.randperm(n), None]
+
+
+MAKERS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+    "normal": lambda y, x: (y, x),
+    "one direction": lambda y, x: (y.abs(), x.abs()),
+    "all negative": lambda y, x: (y.abs(), -x.abs()),
+    "near ties": lambda y, x: (y, x[:1] + 1e-5 * x),
+    "duplicates": lambda y, x: (y, x[torch.randint(0, max(1, len(x) // 8), (len(x),))]),
+    "halfway between bfloat16": lambda y, x: (y, _halfway(x)),
+    "long and short": lambda y, x: (y, x * _lengths(len(x)) ** 4),
+    "huge": lambda y, x: (y * 1e15, x * 1e15 * _lengths(len(x))),
+    "squares overflow": lambda y, x: (y * 1e-10, x * 1e25 * _lengths(len(x))),
+    "tiny": lambda y, x: (y * 1e-19, x * 1e-15 * _lengths(len(x))),
+    "subnormal": lambda y, x: (y, x * 1e-39 * _lengths(len(x))),
+    "zeros": lambda y, x: (y, torch.where(torch.rand(len(x), 1) < 0.5, 0.0, x)),
+    "same context vectors": lambda y, x: (y[:, :1].expand_as(y).clone(), x),
+}
+KINDS = list(MAKERS)
+
+
+def vectors(kind: str, b: int, m: int, n: int, dim: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """`(b, m, dim)` context vectors and `(n, dim)` candidates, float32, of a kind named above."""
+    torch.manual_seed(seed)
+    return MAKERS[kind](torch.randn(b, m, dim), torch.randn(n, dim))
