@@ -22,3 +22,10 @@ def full_float32_products(device: torch.device | str) -> bool:
     """Whether float32 matrix products there keep all of float32, which TF32 and bfloat16 shortcuts do not."""
     backend = torch.backends.cuda if torch.device(device).type == "cuda" else torch.backends.mkldnn
     return backend.matmul.fp32_precision in ("none", "ieee")
+
+
+def adds_bf16_in_float32(device: torch.device | str) -> bool:
+    """Whether products of bfloat16 matrices can be had in float32 there: on NVIDIA's GPUs that have bfloat16."""
+    if torch.device(device).type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)

@@ -13,8 +13,10 @@ and by Cauchy-Schwarz each part is at most a product of lengths:
 
 The lengths of what rounding took away are measured, not estimated. gamma bounds the accumulation of dim products in
 float32 in any order (Higham, "Accuracy and Stability of Numerical Algorithms", 2nd ed., section 3.1: dim * u with
-u = 2^-24; four times that is taken, for accumulators that truncate), tau what flushing subnormal numbers to zero can
-lose. Where the products are handed over in bfloat16, their own rounding adds at most 2^-8 |d^_i|.
+u = 2^-24). Four times that is taken, for accumulators that truncate, with m + 32 more for dim: this room also covers
+the rounding of float64 inputs to float32, of the softmax in float32, of thresholds and bounds themselves, and of the
+true score to float32. tau is what flushing subnormal numbers to zero can lose. Where the products are handed over in
+bfloat16, their own rounding to nearest adds at most 2^-8 |d^_i|.
 
 **The score.** It lies between the dots: f(d) <= max_i d_i, so no candidate with max_i d^_i + e below a threshold can
 reach it. And it is Lipschitz in them: d f / d d_i = w_i (1 + scale (d_i - f)), so |f(d) - f(d^)| <= L(m) max_i |e_i|
@@ -25,13 +27,12 @@ choose:
 
     L(m) = 1 + 2 max_P [ P (1 - P) log((m - 1) (1 - P) / P) - P ]
 
-1 for m = 1; 1.93, 2.50 and 3.26 for m = 16, 64, 360. The arithmetic of the softmax itself, in float32, is within
-(m + 32) roundings of the largest dot, which gamma carries too.
+1 for m = 1; 1.93, 2.50 and 3.26 for m = 16, 64, 360.
 """
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -39,7 +40,7 @@ from torch import Tensor
 
 from poly_encoders.scoring.exact import float64
 
-BFLOAT16_STEP = 2.0**-8  # at least the relative error of rounding to bfloat16, to nearest or toward zero
+BFLOAT16_STEP = 2.0**-8  # the largest relative error of rounding to bfloat16, to nearest
 SUBNORMAL = 2.0**-125  # twice the largest number that hardware may take for zero
 
 
@@ -50,10 +51,11 @@ class DotError(NamedTuple):
     share: Tensor
     constant: Tensor
 
-    def of(self, norms: Tensor, residuals: Tensor | None = None, which: Tensor | int | slice = slice(None)) -> Tensor:
-        """Bounds for candidates of these norms and residuals (none where nothing was rounded) in some of the contexts.
+    def of(self, norms: Tensor, residuals: Tensor | None = None, which: Any = slice(None)) -> Tensor:
+        """Bounds for candidates of these norms and residuals in the contexts that `which` picks; the three broadcast.
 
-        Infinite or NaN where the product of two lengths overflows, as then a dot may have. The three must broadcast.
+        Without residuals for candidates that were not rounded to bfloat16; what rounding float64 to float32 takes away
+        gamma has room for. Infinite or NaN where the product of two lengths overflows, as then a dot may have.
         """
         length = self.length[which]
         error = norms * (2 * length) * (self.share[which] / 2) + self.constant[which]
@@ -81,7 +83,7 @@ def dot_error(context: Tensor, rounded: Tensor, *, full_float32: bool = True) ->
     swell = 1 + 2 * BFLOAT16_STEP  # a rounded vector may be longer than the vector was
     share = swell * (taken / length + gamma * swell) + SUBNORMAL * math.sqrt(dim) / length
     constant = SUBNORMAL * (dim + math.sqrt(dim) * length)
-    # Raised a little, so that computing the bound in float32 cannot lower it.
+    # Rounding the parts to float32 must not lower them.
     return DotError(*(((1 + 2.0**-18) * part).float().to(context.device) for part in (length, share, constant)))
 
 

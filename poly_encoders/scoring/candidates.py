@@ -123,16 +123,17 @@ class CandidateReader:
     """
 
     def __init__(self, candidates: Tensor | np.ndarray, device: torch.device | str | None = None) -> None:
-        if not isinstance(candidates, Tensor | np.ndarray):
+        if not isinstance(candidates, Tensor | np.ndarray) or isinstance(candidates, np.ma.MaskedArray):
             raise TypeError(
                 f"Candidates are a {type(candidates).__name__}; expected a tensor or a numpy array (n, dim), as "
                 "encode_document gives it. Stack a list of vectors first."
             )
-        floating = candidates.is_floating_point() if isinstance(candidates, Tensor) else _is_float(candidates)
-        if not floating:
+        if isinstance(candidates, Tensor) and candidates.layout != torch.strided:
+            raise TypeError(f"Candidates are a {candidates.layout} tensor; make it dense with .to_dense() first.")
+        if not is_float(candidates):
             raise TypeError(
-                f"These candidate vectors are {candidates.dtype}: their dot products are no scores. Encode with "
-                "precision='float32', or convert real coordinates to float32."
+                f"These candidate vectors are {candidates.dtype}; expected float16, bfloat16, float32 or float64. "
+                "Quantised codes have no dot products: encode with precision='float32'."
             )
         if candidates.ndim != 2:
             raise ValueError(f"Candidate vectors have shape {tuple(candidates.shape)}; expected (n, dim).")
@@ -169,5 +170,8 @@ class CandidateReader:
         return piece.to(self.device)
 
 
-def _is_float(array: np.ndarray) -> bool:
+def is_float(array: Tensor | np.ndarray) -> bool:
+    """Whether these are floating-point numbers of a kind that can be scored."""
+    if isinstance(array, Tensor):
+        return array.dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
     return array.dtype.kind == "f" and array.dtype.itemsize in (2, 4, 8)

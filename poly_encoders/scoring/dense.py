@@ -4,19 +4,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
-from poly_encoders.modeling import check_vectors
+from poly_encoders.modeling import check_vectors, poly_score
 
 # Dots held at once, 8 MiB in float32: large enough for fast products, small enough to stay in the cache.
 DOTS_AT_ONCE = 2**21
+VECTORS_AT_ONCE = 2**22  # numbers in the vectors of a piece, on either side: 16 MiB, copied where they are not float32
 
 
 def score(context: Tensor, candidates: Tensor, scale: float = 1.0, *, dots_at_once: int = DOTS_AT_ONCE) -> Tensor:
-    """`poly_score` in pieces, forward and backward: nothing of size `(batch, n, m)` is ever held or kept.
+    """`poly_score` in pieces, forward and backward: of the `(batch, n, m)` dots only a piece is held, and none is kept.
 
     The gradient is the closed form `d score / d d_i = w_i (1 + scale (d_i - score))` with `w = softmax(scale d)`, from
     dots computed again, so that only the inputs and the scores wait for the backward pass. It works under autocast
-    (in float32, as `poly_score`) and `torch.compile`, where it is one operator, and cannot itself be differentiated.
+    (in float32, as `poly_score`) and `torch.compile`, where it is one operator. Its gradient has no gradient, and
+    `torch.func` does not know it: take `poly_score` for those. A scale that is learnt and forward-mode derivatives go
+    to `poly_score` by themselves.
 
     Args:
         context: `(batch, m, dim)` context vectors; all-zero ones are padding.
@@ -36,7 +40,17 @@ def score(context: Tensor, candidates: Tensor, scale: float = 1.0, *, dots_at_on
             "Move one of them with .to(device) first."
         )
     check_vectors(context, candidates)
+    if _needs_plain_form(context, candidates, scale):
+        return poly_score(context, candidates, scale)
     return _score(context, candidates, float(scale), dots_at_once)
+
+
+def _needs_plain_form(context: Tensor, candidates: Tensor, scale: float | Tensor) -> bool:
+    if isinstance(scale, Tensor) and scale.requires_grad:
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    return any(unpack_dual(vectors).tangent is not None for vectors in (context, candidates))
 
 
 @torch.library.custom_op("poly_encoders::score", mutates_args=())
@@ -46,12 +60,12 @@ def _score(context: Tensor, candidates: Tensor, scale: float, dots_at_once: int)
     contexts, rows = _piece_sizes(context, candidates, dots_at_once)
     with torch.autocast(context.device.type, enabled=False):
         for some in _slices(len(context), contexts):
-            vectors = context[some].to(scores.dtype)
+            y = context[some].to(scores.dtype)  # (b, m, dim)
             for few in _slices(candidates.shape[-2], rows):
-                piece = (candidates[few] if shared else candidates[some, few]).to(scores.dtype)
-                dots, weights = _attend(vectors, piece, scale)
-                found = weights.mul_(dots).sum(dim=-1)
-                scores[some, few] = found.T if shared else found
+                x = (candidates[few] if shared else candidates[some, few]).to(scores.dtype)  # (n, dim) or (b, n, dim)
+                dots, weights = _attend(y, x, scale)
+                score = weights.mul_(dots).sum(dim=-1)
+                scores[some, few] = score.T if shared else score
     return scores
 
 
@@ -62,38 +76,58 @@ def _(context: Tensor, candidates: Tensor, scale: float, dots_at_once: int) -> T
 
 @torch.library.custom_op("poly_encoders::score_backward", mutates_args=())
 def _score_backward(
-    gradient: Tensor, context: Tensor, candidates: Tensor, scores: Tensor, scale: float, dots_at_once: int
+    gradient: Tensor,
+    context: Tensor,
+    candidates: Tensor,
+    scores: Tensor,
+    scale: float,
+    dots_at_once: int,
+    wanted: list[bool],
 ) -> tuple[Tensor, Tensor]:
-    shared = candidates.dim() == 2
-    into_context, into_candidates = torch.empty_like(context), torch.zeros_like(candidates, dtype=scores.dtype)
+    """Gradients of contexts and candidates, each empty where it is not wanted."""
+    shared, dtype = candidates.dim() == 2, scores.dtype
+    for_context = context.new_empty(context.shape if wanted[0] else 0)
+    for_candidates = candidates.new_zeros(candidates.shape if wanted[1] else 0, dtype=dtype)
     contexts, rows = _piece_sizes(context, candidates, dots_at_once)
     with torch.autocast(context.device.type, enabled=False):
         for some in _slices(len(context), contexts):
-            vectors = context[some].to(scores.dtype)
-            into_vectors = torch.zeros_like(vectors)
+            y = context[some].to(dtype)  # (b, m, dim)
+            for_y = y.new_zeros(y.shape)
             for few in _slices(candidates.shape[-2], rows):
-                piece = (candidates[few] if shared else candidates[some, few]).to(scores.dtype)
-                dots, weights = _attend(vectors, piece, scale)
-                found, outer = scores[some, few, None], gradient[some, few, None]
+                x = (candidates[few] if shared else candidates[some, few]).to(dtype)  # (n, dim) or (b, n, dim)
+                dots, weights = _attend(y, x, scale)
+                score, outer = scores[some, few, None], gradient[some, few, None]
                 if shared:
-                    found, outer = found.transpose(0, 1), outer.transpose(0, 1)
-                into_dots = dots.sub_(found).mul_(scale).add_(1).mul_(weights).mul_(outer)
+                    score, outer = score.transpose(0, 1), outer.transpose(0, 1)
+                for_dots = dots.sub_(score).mul_(scale).add_(1).mul_(weights).mul_(outer)
                 if shared:
-                    into_dots = into_dots.flatten(1)  # (rows, contexts * m)
-                    into_vectors.view(-1, vectors.shape[-1]).addmm_(into_dots.T, piece)
-                    into_candidates[few].addmm_(into_dots, vectors.flatten(0, 1))
-                else:
-                    into_vectors.baddbmm_(into_dots.transpose(1, 2), piece)
-                    into_candidates[some, few] = into_dots @ vectors
-            into_context[some] = into_vectors.to(context.dtype)
-    return into_context, into_candidates.to(candidates.dtype)
+                    for_dots = for_dots.flatten(1)  # (n, b * m)
+                if wanted[0] and shared:
+                    for_y.view(-1, y.shape[-1]).addmm_(for_dots.T, x)
+                elif wanted[0]:
+                    for_y.baddbmm_(for_dots.transpose(1, 2), x)
+                if wanted[1] and shared:
+                    for_candidates[few].addmm_(for_dots, y.flatten(0, 1))
+                elif wanted[1]:
+                    for_candidates[some, few] = for_dots @ y
+            if wanted[0]:
+                for_context[some] = for_y.to(context.dtype)
+    return for_context, for_candidates.to(candidates.dtype)
 
 
 @_score_backward.register_fake
 def _(
-    gradient: Tensor, context: Tensor, candidates: Tensor, scores: Tensor, scale: float, dots_at_once: int
+    gradient: Tensor,
+    context: Tensor,
+    candidates: Tensor,
+    scores: Tensor,
+    scale: float,
+    dots_at_once: int,
+    wanted: list[bool],
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(context), torch.empty_like(candidates)
+    return context.new_empty(context.shape if wanted[0] else 0), candidates.new_empty(
+        candidates.shape if wanted[1] else 0
+    )
 
 
 def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, float, int], output: Tensor) -> None:
@@ -101,8 +135,10 @@ def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, float, int], output: Tensor) -
     ctx.save_for_backward(context, candidates, output)
 
 
-def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
-    return *_score_backward(gradient, *ctx.saved_tensors, ctx.scale, ctx.dots_at_once), None, None
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    wanted = list(ctx.needs_input_grad[:2])
+    found = _score_backward(gradient, *ctx.saved_tensors, ctx.scale, ctx.dots_at_once, wanted)
+    return found[0] if wanted[0] else None, found[1] if wanted[1] else None, None, None
 
 
 _score.register_autograd(_backward, setup_context=_keep)
@@ -113,10 +149,10 @@ def _attend(context: Tensor, candidates: Tensor, scale: float) -> tuple[Tensor, 
 
     In that order the product writes them as the softmax reads them, with nothing to transpose.
     """
-    batch, m, dim = context.shape
+    batch, m, _ = context.shape
     padding = (context == 0).all(dim=-1)  # (batch, m)
     if candidates.dim() == 2:
-        dots = (candidates @ context.reshape(-1, dim).T).view(-1, batch, m)
+        dots = (candidates @ context.flatten(0, 1).T).view(len(candidates), batch, m)
     else:
         dots, padding = candidates @ context.transpose(1, 2), padding[:, None]
     logits = dots if scale == 1.0 else dots * scale
@@ -131,9 +167,11 @@ def _dtype(context: Tensor, candidates: Tensor) -> torch.dtype:
 
 def _piece_sizes(context: Tensor, candidates: Tensor, dots_at_once: int) -> tuple[int, int]:
     """Contexts and candidates of one piece: both enough for a fast product, where there are as many."""
-    m, n = context.shape[1], candidates.shape[-2]
-    contexts = max(1, min(len(context), dots_at_once // max(1, m * min(n, 512))))
-    return contexts, max(1, min(n, dots_at_once // max(1, contexts * m)))
+    batch, m, dim = context.shape
+    n, most = candidates.shape[-2], max(1, VECTORS_AT_ONCE // max(1, dim))
+    contexts = max(1, min(batch, dots_at_once // max(1, m * min(n, 512)), most // max(1, m)))
+    own = 1 if candidates.dim() == 2 else contexts
+    return contexts, max(1, min(n, dots_at_once // max(1, contexts * m), most // own))
 
 
 def _slices(length: int, step: int) -> list[slice]:

@@ -1,58 +1,75 @@
-"""Scores that depend on the two texts' vectors alone: not on what else is scored, in which pieces, on which machine.
+"""Scores that depend on the two texts' vectors alone: not on what else is scored, in which pieces, by how many threads.
 
-A matrix product in floating point gives slightly different sums for other shapes, other threads or other processors,
-which would order near ties differently and part exact duplicates. Here vectors are cut into slices of so few bits that
-their products add up without rounding in float64, in any order (Ozaki et al., "Error-free transformations of matrix
+A matrix product in floating point gives slightly different sums for other shapes or other threads, which would order
+near ties differently and part exact duplicates. Here vectors are cut into slices of so few bits that the products of
+two slices add up without rounding in float64, in any order (Ozaki et al., "Error-free transformations of matrix
 multiplication by using fast routines of matrix multiplication and its applications", Numerical Algorithms 59, 2012).
 """
 
+import functools
 import math
 
 import torch
 from torch import Tensor
 
+MOST_SLICES = 8  # 168 bits at dim 768; two or three hold ordinary vectors
+
 
 class Slices:
-    """`(..., dim)` vectors as a sum of two float64 parts of few bits; together 42 bits for dim = 768.
+    """`(..., dim)` vectors as a sum of float64 parts of few bits each (21 for dim = 768), the largest first.
 
-    Attributes:
-        high, low: `(..., dim)`. Products of high parts, and of a high with a low part, add up exactly over dim.
+    As many as it takes until nothing is left of any vector, so that they are the vectors and not near them.
     """
 
     def __init__(self, vectors: Tensor) -> None:
         bits = (53 - math.ceil(math.log2(max(2, vectors.shape[-1]))) - 1) // 2
-        vectors = float64(vectors)
-        largest = vectors.abs().amax(dim=-1, keepdim=True)
+        rest = float64(vectors)
+        largest = rest.abs().amax(dim=-1, keepdim=True)
         # The power of two above it, without rounding, so that scaling by it is exact; 1 for a vector of zeros.
-        power = torch.where(largest > 0, largest / torch.frexp(largest).mantissa, 1.0)
-        step = power * 2.0**-bits
-        self.high = (vectors / step).round_().mul_(step)
-        step *= 2.0**-bits
-        self.low = (vectors - self.high).div_(step).round_().mul_(step)
+        step = torch.where(largest > 0, largest / torch.frexp(largest).mantissa, 1.0)
+        self.parts: list[Tensor] = []
+        while not self.parts or (len(self.parts) < MOST_SLICES and bool(rest.any())):
+            step = step * 2.0**-bits
+            part = (rest / step).round_().mul_(step)
+            self.parts.append(part)
+            rest = rest - part
 
 
-def exact_scores(context: Slices, padding: Tensor | None, rows: Tensor, scale: float) -> Tensor:
-    """Scores of candidates for one context, rounded once, at the end.
+def exact_scores(context: Slices, candidates: Slices, padding: Tensor | None, scale: float) -> Tensor:
+    """Scores of candidates for contexts, `(..., s)` float32, rounded once, at the end.
 
     Args:
-        context: Slices of `(m, dim)` context vectors.
-        padding: `(m,)`, true where a context vector takes no part; `None` where all do.
-        rows: `(s, dim)` candidate vectors of any floating dtype.
+        context: Slices of `(..., m, dim)` context vectors.
+        candidates: Slices of `(..., s, dim)`.
+        padding: `(..., m)`, true where a context vector takes no part, which must come after those that do; `None`
+            where all do.
         scale: Factor on the dots inside the softmax.
-
-    Returns:
-        `(s,)` float32. Before that rounding they are within 1e-10 of the vectors' lengths multiplied.
     """
-    candidates = Slices(rows)
-    # Two products, as each costs more to start than to do; every one of their sums is exact.
-    dots, small = (candidates.high @ torch.cat([context.high, context.low]).T).chunk(2, dim=-1)
-    dots = dots + (small + candidates.low @ context.high.T)
-    padding = None if padding is None else padding.to(dots.device)
-    return softmax_mean(dots, padding, scale).float().to(rows.device)
+    # All slices with all in one product, and their sums from the smallest up, in an order of our own.
+    s, m = candidates.parts[0].shape[-2], context.parts[0].shape[-2]
+    products = torch.cat(candidates.parts, dim=-2) @ torch.cat(context.parts, dim=-2).transpose(-1, -2)
+    pairs = [(i, j) for i in range(len(candidates.parts)) for j in range(len(context.parts))]
+    ordered = sorted(pairs, key=sum, reverse=True)
+    terms = [products[..., i * s : (i + 1) * s, j * m : (j + 1) * m] for i, j in ordered]
+    dots = functools.reduce(torch.add, terms)
+    logits = dots * scale
+    if padding is not None:
+        logits = logits.masked_fill(padding[..., None, :].to(dots.device), -torch.inf)
+    weights = (logits - logits.amax(dim=-1, keepdim=True)).exp()
+    return (ordered_sum(weights * dots) / ordered_sum(weights)).float()
+
+
+def ordered_sum(terms: Tensor) -> Tensor:
+    """The sum over the last axis, by neighbours: an order that neither other rows nor zeros at the end change."""
+    while terms.shape[-1] > 1:
+        if terms.shape[-1] % 2:
+            terms = torch.nn.functional.pad(terms, (0, 1))
+        terms = terms[..., 0::2] + terms[..., 1::2]
+    return terms[..., 0]
 
 
 def softmax_mean(dots: Tensor, padding: Tensor | None, scale: float) -> Tensor:
-    """`sum_i softmax(scale d)_i d_i` of `(s, m)` dots, `(s,)`, without those that `padding`, one row or s, marks."""
+    """`sum_i softmax(scale d)_i d_i` of `(..., m)` dots without what `padding`, which broadcasts, marks: `(...)`."""
     logits = dots if scale == 1.0 else dots * scale
     if padding is not None:
         logits = logits.masked_fill(padding, torch.finfo(dots.dtype).min)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from poly_encoders.hardware import full_float32_products
+from poly_encoders.hardware import adds_bf16_in_float32, full_float32_products
 from poly_encoders.scoring.bounds import BFLOAT16_STEP, DotError, dot_error, lipschitz
 from poly_encoders.scoring.candidates import CandidateReader, PreparedCandidates, rounded, vector_norms
 from poly_encoders.scoring.exact import softmax_mean
@@ -20,7 +20,8 @@ ROWS_TO_ROUND = 8192  # in a piece whose rounded copy is made on the way
 FEWEST_ROWS = 1024
 FIRST_ROWS = 1024  # nobody can be excluded yet, so all of them get a rough score
 GROWTH = 64  # of the pieces, and of the candidates seen between two settlements
-GPU_MEMORY_SHARE = 8  # the dots of a piece may take one part in eight of what is free
+GPU_MEMORY_SHARE = 8  # a piece may take one part in eight of what is free
+PAIR_BYTES = 64  # beside its dots, what a pair of context and candidate takes that cannot be excluded
 
 
 class Piece:
@@ -34,6 +35,7 @@ class Piece:
 
     def __init__(self, reader: CandidateReader, prepared: PreparedCandidates | None, start: int, stop: int) -> None:
         self.reader, self.prepared, self.start, self.size = reader, prepared, start, stop - start
+        self.norms = None if prepared is None else prepared.norms[start:stop]  # (r,), once they are known
 
     @functools.cached_property
     def rounded(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -44,21 +46,23 @@ class Piece:
         return self.prepared.low[here], self.prepared.norms[here], self.prepared.residuals[here]
 
 
-def pieces(reader: CandidateReader, prepared: PreparedCandidates | None, *, low: bool, columns: int) -> Iterator[Piece]:
+def pieces(
+    reader: CandidateReader, prepared: PreparedCandidates | None, *, low: bool, contexts: int, m: int
+) -> Iterator[Piece]:
     """The candidates in order, in pieces that grow to the size that suits the device.
 
     Args:
         reader: The candidates.
         prepared: What was prepared of them, if anything.
         low: Whether the pass is in bfloat16.
-        columns: Context vectors in the product, of all contexts together.
+        contexts, m: How many contexts go through the pass at once, and the vectors of each.
     """
     if reader.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(reader.device)
-        rows = max(FEWEST_ROWS, free // GPU_MEMORY_SHARE // (4 * columns))
+        rows = max(FEWEST_ROWS, free // GPU_MEMORY_SHARE // (contexts * (4 * m + PAIR_BYTES) + 6 * reader.dim))
     else:
         most = ROWS_TO_ROUND if low and prepared is None else MOST_ROWS
-        rows = min(most, max(FEWEST_ROWS, DOTS_AT_ONCE // columns))
+        rows = min(most, max(FEWEST_ROWS, DOTS_AT_ONCE // (contexts * (m + PAIR_BYTES // 4))))
     start, size = 0, min(FIRST_ROWS, rows)
     while start < len(reader):
         left = len(reader) - start
@@ -109,16 +113,16 @@ class Pass:
         self.workspace = workspace
         _, self.m, dim = context.shape
         if padding is not None:
-            # Another copy of the first real vector has no larger dot, so that the largest is right without a mask.
+            # Zeros would have the largest dot where all others are negative; another copy of a real vector has not.
             first = (~padding).int().argmax(dim=1)
             context = torch.where(padding[..., None], context.take_along_dim(first[:, None, None], dim=1), context)
-        kept = context.to(torch.bfloat16 if low else torch.float32)
-        self.columns = kept.reshape(-1, dim).T  # (dim, g * m)
+        self.kept = context.to(torch.bfloat16 if low else torch.float32)
+        self.columns = self.kept.reshape(-1, dim).T  # (dim, g * m)
         # On a CPU, products of bfloat16 come back in it.
         self.low_out = low and context.device.type == "cpu"
         self.step = BFLOAT16_STEP if self.low_out and bounded else 0.0
         full = low or full_float32_products(context.device)
-        self.error = dot_error(context, kept, full_float32=full)
+        self.error = dot_error(context, self.kept, full_float32=full)
         if not bounded:
             self.error = DotError(*(torch.zeros_like(part) for part in self.error))
         self.lipschitz = lipschitz(self.m)
@@ -144,32 +148,33 @@ class Pass:
     def _high_enough(self, dots: Tensor, threshold: Tensor, norms: Tensor, residuals: Tensor | None) -> Tensor:
         """`(r, g)`: whether the largest dot may reach the threshold, by the largest error in the piece.
 
-        Nearly all candidates end here, so these are as few steps as can be.
+        Nearly all candidates end here, so these are as few steps as can be. Where dots are bfloat16, a threshold that
+        the error brings down to 0 lets all through.
         """
         error = self.error.of(norms.amax(), None if residuals is None else residuals.amax())
         threshold = (threshold - error) / (1 + self.step)
         if not self.low_out:
             return ~(dots.amax(dim=-1) < threshold)
-        # The bits of numbers from 0 up order as integers do, which are several times faster to compare. The bits of
-        # negative ones are below, and a threshold that is not above 0 lets all through.
+        # The bits of numbers from 0 up order as integers do, which are several times faster to compare, and those of
+        # negative numbers are below. Lowered by a step, so that rounding the threshold does not raise it.
         least = torch.where(threshold > 0, threshold * (1 - BFLOAT16_STEP), -torch.inf).to(torch.bfloat16)
         bits = torch.where(least > 0, least.view(torch.int16), torch.iinfo(torch.int16).min)
         return dots.view(torch.int16).amax(dim=-1) >= bits
 
-    def estimates(self, which: int, vectors: Tensor) -> tuple[Tensor, Tensor]:
-        """Rough scores in float32 of `(s, dim)` candidates for one context, and how far at most they are off."""
-        here = slice(which * self.m, (which + 1) * self.m)
-        dots = vectors.float() @ self.columns[:, here]
-        score = softmax_mean(dots, None if self.padding is None else self.padding[which], self.scale)
-        return score, self.lipschitz * self.error.of(vector_norms(vectors, 0), None, which)
+    def estimates(self, which: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """Rough scores in float32 of `(h, c, dim)` candidates, c for each of the `(h,)` contexts, and their slacks."""
+        dots = vectors.float() @ self.kept[which].transpose(1, 2)
+        score = softmax_mean(dots, None if self.padding is None else self.padding[which, None], self.scale)
+        norms = vector_norms(vectors.flatten(0, 1), 0).view(score.shape)
+        return score, self.lipschitz * self.error.of(norms, None, (which, None))
 
     def _low_dots(self, piece: Piece) -> tuple[Tensor, Tensor, Tensor]:
         rows, norms, residuals = piece.rounded
         if self.low_out:
             dots = torch.mm(rows, self.columns, out=self.workspace.room(piece.size, self.columns))
-        elif rows.device.type == "cuda":
+        elif adds_bf16_in_float32(rows.device):
             dots = torch.mm(rows, self.columns, out_dtype=torch.float32)
-        else:  # how other devices add up bfloat16 products is not written down
+        else:  # how other devices add up is not written down
             dots = rows.float() @ self.columns.float()
         return dots.view(piece.size, -1, self.m), norms, residuals
 
@@ -177,8 +182,8 @@ class Pass:
         dots, norms = self.workspace.room(piece.size, self.columns), []
         for start, rows in piece.reader.blocks(piece.start, piece.start + piece.size):
             torch.mm(rows.float(), self.columns, out=dots[start - piece.start :][: len(rows)])
-            if piece.prepared is None:  # while the block is in the cache
+            if piece.norms is None:  # while the block is in the cache
                 norms.append(vector_norms(rows, start))
-            else:
-                norms.append(piece.prepared.norms[start : start + len(rows)])
-        return dots.view(piece.size, -1, self.m), torch.cat(norms), None
+        if piece.norms is None:
+            piece.norms = torch.cat(norms)
+        return dots.view(piece.size, -1, self.m), piece.norms, None

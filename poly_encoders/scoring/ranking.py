@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from poly_encoders.hardware import has_fast_bf16
-from poly_encoders.scoring.candidates import CandidateReader, PreparedCandidates
+from poly_encoders.scoring.candidates import CandidateReader, PreparedCandidates, is_float
 from poly_encoders.scoring.passes import GROWTH, Pass, Piece, Workspace, pieces
 from poly_encoders.scoring.shortlist import Shortlist
 
@@ -37,12 +37,15 @@ def top_k(
 ) -> TopK:
     """The k best candidates for every context, without ever holding all scores.
 
-    `"exact"` and `"float32"` give the same answer to the last bit: the best k by the exact score, rounded to float32,
-    equal ones by index, whatever the pieces, the threads or the machine. They differ in the cheap pass over all that
-    finds who can be among them. After a bfloat16 pass, `poly_encoders.scoring.bounds` proves of the candidates left out
-    that they cannot, and where it can prove that of fewer than nine in ten, float32 takes over. `"bfloat16"` is
-    approximate: its pass alone decides which k are returned, so a candidate close to the last place may be missing;
+    `"exact"` and `"float32"` give the same answer to the last bit: the best k by the score computed in float64 and
+    rounded to float32, equal ones by index, whatever the pieces and the threads. They differ in the cheap pass over all
+    that finds who can be among them. After a bfloat16 pass, `poly_encoders.scoring.bounds` proves of the candidates
+    left out that they cannot, and where it can prove that of fewer than nine in ten, float32 takes over. `"bfloat16"`
+    is approximate: its pass alone decides which k are returned, so a candidate close to the last place may be missing;
     their scores and order are exact.
+
+    Made for many candidates: each call costs a millisecond or two beside its pass, so that for a few thousand of them
+    `PolyEncoder.similarity` and a sort are as fast.
 
     Args:
         context: `(batch, m, dim)` context vectors; all-zero ones are padding. With m = 1 this is the exact search of a
@@ -67,11 +70,15 @@ def top_k(
     held = candidates.vectors if isinstance(candidates, PreparedCandidates) else candidates
     if prepared is not None:
         reader = CandidateReader(held, prepared.device)
+        if len(reader) != len(prepared):
+            raise ValueError(
+                f"{len(prepared)} candidates were prepared, but there are {len(reader)} now: prepare them again."
+            )
     else:  # an array is on no device: its pieces go where the contexts are
         reader = CandidateReader(held, context.device if isinstance(held, np.ndarray) else None)
     k = _checked(context, reader, k, scale, precision)
     if k == 0 or len(context) == 0:
-        scores = torch.zeros((len(context), k), device=context.device)
+        scores = torch.zeros((len(context), k), dtype=torch.float32, device=context.device)
         return TopK(scores, scores.to(torch.int64))
     if precision is None:
         precision = "exact" if has_fast_bf16(context.device) else "float32"
@@ -90,9 +97,9 @@ def _search_all(
 ) -> TopK:
     workspace, at_once = Workspace(), max(1, CONTEXT_VECTORS_AT_ONCE // context.shape[1])
     groups = [_Search(part, reader, k, scale, precision, workspace) for part in context.split(at_once)]
-    columns = len(groups[0].context) * context.shape[1]
+    contexts, m = min(at_once, len(context)), context.shape[1]
     with tqdm(total=len(reader), desc="Ranking", unit="candidate", disable=not show_progress_bar) as bar:
-        for piece in pieces(reader, prepared, low=precision != "float32", columns=columns):
+        for piece in pieces(reader, prepared, low=precision != "float32", contexts=contexts, m=m):
             for group in groups:
                 group.look_at(piece)
             bar.update(piece.size)
@@ -121,23 +128,26 @@ class _Search:
         precision: Precision,
         workspace: Workspace,
     ) -> None:
-        self.context = context
         padding = (context == 0).all(dim=-1)
         padding &= ~padding.all(dim=-1, keepdim=True)  # nothing but zeros is no padding: every score is 0
-        known = padding if bool(padding.any()) else None
+        known = None
+        if bool(padding.any()):  # last, where it changes no sum
+            order = padding.int().argsort(dim=1, stable=True)
+            context, known = context.take_along_dim(order[..., None], dim=1), padding.take_along_dim(order, dim=1)
         self.approximate = precision == "bfloat16"
         self.float32 = Pass(context, known, scale, workspace, low=False)
-        self.sweep = self.float32
+        self.usual = self.float32
         if precision != "float32":
-            self.sweep = Pass(context, known, scale, workspace, low=True, bounded=not self.approximate)
-        self.shortlists = [Shortlist(which, self.float32, reader, k, self.approximate) for which in range(len(context))]
-        self.threshold = torch.full((len(context),), -torch.inf, device=context.device)
+            self.usual = Pass(context, known, scale, workspace, low=True, bounded=not self.approximate)
+        # Nobody can be excluded of the first piece, so that those would need a look in float32 anyway.
+        self.sweep = self.usual if self.approximate else self.float32
+        self.shortlist = Shortlist(self.float32, reader, k, self.approximate)
         self.found: list[tuple[Tensor, ...]] = []
         self.waiting = self.seen = self.seen_when_settled = 0
 
     def look_at(self, piece: Piece) -> None:
         """Sweep over a piece of the candidates, and note who may be among the best."""
-        found = self.sweep.survivors(piece, self.threshold)
+        found = self.sweep.survivors(piece, self.shortlist.threshold)
         self.seen += piece.size
         if found is not None:
             self.found.append(found)
@@ -147,29 +157,21 @@ class _Search:
             self.settle()
 
     def settle(self) -> None:
-        """Give those found to their contexts' shortlists, and raise the thresholds."""
+        """Put those found on the shortlist, which raises the thresholds."""
         if not self.found:
             return
-        which, *columns = (torch.cat(column) for column in zip(*self.found, strict=True))
-        looked_at = (self.seen - self.seen_when_settled) * len(self.context)
-        useless = self.seen_when_settled > 0 and not self.approximate and len(which) > looked_at // 10
+        columns = [torch.cat(column) for column in zip(*self.found, strict=True)]
+        looked_at = (self.seen - self.seen_when_settled) * self.shortlist.contexts
+        useless = self.seen_when_settled > 0 and not self.approximate and self.waiting > looked_at // 10
         self.found, self.waiting, self.seen_when_settled = [], 0, self.seen
-        if len(which):
-            order = which.argsort(stable=True)
-            counts = which.bincount(minlength=len(self.context)).tolist()
-            parts = zip(*(column[order].split(counts) for column in columns), strict=True)
-            for shortlist, mine in zip(self.shortlists, parts, strict=True):
-                if len(mine[0]):
-                    shortlist.add(*mine, in_float32=self.sweep is self.float32)
-            self.threshold = torch.stack([shortlist.threshold for shortlist in self.shortlists])
-        if useless:  # bfloat16 excludes too little on these vectors to be worth its pass
-            self.sweep = self.float32
+        self.shortlist.add(*columns, in_float32=self.sweep is self.float32)
+        # Where bfloat16 excludes too little to be worth its pass, float32 does the rest.
+        self.sweep = self.usual = self.float32 if useless else self.usual
 
     def finish(self) -> TopK:
         """The result, once all candidates were looked at."""
         self.settle()
-        scores, indices = zip(*(shortlist.finish() for shortlist in self.shortlists), strict=True)
-        result = TopK(torch.stack(scores), torch.stack(indices))
+        result = TopK(*self.shortlist.finish())
         if not bool(result.scores.isfinite().all()):
             raise ValueError(
                 "Scores overflow float32, so they cannot be ranked: the vectors are too long. Encode them again, or "
@@ -179,12 +181,12 @@ class _Search:
 
 
 def _checked_context(context: Tensor | np.ndarray) -> Tensor:
-    if isinstance(context, np.ndarray):
-        context = torch.from_numpy(np.array(context))  # a copy, as torch warns of read-only memory
+    if isinstance(context, np.ndarray) and is_float(context):
+        context = torch.from_numpy(np.array(context, dtype=context.dtype.newbyteorder("=")))
     if not isinstance(context, Tensor) or not context.is_floating_point():
-        what = context.dtype if isinstance(context, Tensor) else type(context).__name__
+        what = context.dtype if isinstance(context, Tensor | np.ndarray) else f"a {type(context).__name__}"
         raise TypeError(f"Context vectors are {what}; expected a tensor or numpy array of floating-point numbers.")
-    if context.dim() != 3 or context.shape[1] == 0:
+    if context.dim() != 3 or 0 in context.shape[1:]:
         raise ValueError(
             f"Context vectors have shape {tuple(context.shape)}; expected (batch, m, dim), as encode_query gives it. "
             "For a single context of shape (m, dim) pass context[None]."
@@ -212,8 +214,8 @@ def _checked(context: Tensor, candidates: CandidateReader, k: int, scale: float,
         raise TypeError(f"k must be a whole number, got {k!r}.")
     if k < 0:
         raise ValueError(f"k must be at least 0, got {k}.")
-    if not 0 < scale < math.inf:
-        raise ValueError(f"scale must be a positive number, got {scale}; take the model's final_scale.")
+    if not isinstance(scale, int | float) or not 0 < scale < math.inf:
+        raise ValueError(f"scale must be a positive number, got {scale!r}; take the model's final_scale.")
     if precision not in (None, *get_args(Precision)):
         raise ValueError(f"precision is one of {', '.join(get_args(Precision))}, not {precision!r}.")
     return min(int(k), len(candidates))

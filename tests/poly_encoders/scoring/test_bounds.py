@@ -75,6 +75,35 @@ def test_only_those_below_the_threshold_are_left_out(kind, low):
         assert (true[~left_in] < threshold.double()[:, None].expand_as(true)[~left_in]).all()
 
 
+@pytest.mark.parametrize("dim", [2, 64, 1024])
+@pytest.mark.parametrize("rounded", ["candidate", "context"])
+def test_the_bound_holds_where_every_rounding_goes_the_same_way(dim, rounded):
+    """As far off as bfloat16 can be: it fails without the term for what rounding takes from that side."""
+    tie = torch.full((dim,), 1 + 2.0**-8)  # both round to even, and so the other way than their sign
+    tie[1::2] = -(1 + 3 * 2.0**-8)
+    context, candidate = (torch.ones(dim), tie) if rounded == "candidate" else (tie, torch.ones(dim))
+    sweep = Pass(context[None, None], None, 1.0, Workspace(), low=True)
+    sweep.step = 0.0  # its products are handed over exactly: small whole multiples of 2^-7 or nearly 0
+    piece = Piece(CandidateReader(candidate[None]), None, 0, 1)
+    _, _, score, slack = sweep.survivors(piece, torch.full((1,), -torch.inf))
+    off = (score.double() - context.double() @ candidate.double()).abs()
+    assert 0.8 * slack < off <= slack
+
+
+@pytest.mark.parametrize("threshold", [1.0, 1.5, 3.0, 100.0, 1 / 3, 2 / 3, 1e-30, 0.0, -1.0])
+def test_with_no_error_the_filter_lets_in_all_that_output_rounding_may_have_lowered(threshold):
+    """A true dot at the threshold may be handed over a rounding step lower, and must stay in."""
+    sweep = Pass(torch.ones(1, 1, 1), None, 1.0, Workspace(), low=True)
+    sweep.error = type(sweep.error)(*(torch.zeros_like(part) for part in sweep.error))
+    true = torch.tensor([threshold, threshold + 1e-3 * abs(threshold)])
+    lowered = (true * (1 - 2.0**-9)).to(torch.bfloat16).view(2, 1, 1)
+    zeros = torch.zeros(2)
+    assert sweep._high_enough(lowered, torch.tensor([threshold]), zeros, zeros).all()
+    if threshold > 0:
+        far_below = (true * 0.97).to(torch.bfloat16).view(2, 1, 1)
+        assert not sweep._high_enough(far_below, torch.tensor([threshold]), zeros, zeros).any()
+
+
 def test_the_bound_leaves_few():
     """What it is for: the bfloat16 pass excludes nearly all of ordinary vectors."""
     context, candidates = vectors("normal", b=1, m=16, n=20000, dim=256)

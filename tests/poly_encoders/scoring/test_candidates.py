@@ -57,6 +57,8 @@ def test_the_candidate_that_is_not_finite_is_named(bad):
     ("candidates", "error", "message"),
     [
         ([[1.0, 2.0]], TypeError, "a list"),
+        (torch.ones(3, 2).to(torch.float8_e4m3fn), TypeError, "float8_e4m3fn"),
+        (np.ones((3, 2), dtype=np.longdouble), TypeError, "float128; expected float16"),
         (torch.ones(3, 2, dtype=torch.int8), TypeError, r"torch.int8.*precision='float32'"),
         (np.ones((3, 2), dtype=np.uint8), TypeError, r"uint8.*precision='float32'"),
         (np.ones((3, 2), dtype=bool), TypeError, "bool"),

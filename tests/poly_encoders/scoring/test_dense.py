@@ -1,9 +1,12 @@
 """The training form against the plain one: values, gradients, what it keeps, autocast and torch.compile."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.profiler import ProfilerActivity, profile
 
 from poly_encoders.modeling import poly_score
 from poly_encoders.scoring import score
@@ -111,6 +114,51 @@ def test_keeps_the_inputs_and_the_scores_alone():
     assert sorted(kept) == sorted([context.shape, candidates.shape, (8, 9)])
 
 
+def test_backward_holds_no_dots_of_all_with_all():
+    context, candidates = torch.randn(32, 8, 6, requires_grad=True), torch.randn(64, 6, requires_grad=True)
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+        score(context, candidates, dots_at_once=1024).sum().backward()
+    sizes = [math.prod(shape) for event in profiler.events() for shape in event.input_shapes if shape]
+    assert max(sizes) == 32 * 64  # the scores; the dots are eight times as many
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("layout", ["transposed", "expanded", "strided"])
+def test_any_memory_layout(own, layout):
+    """A transposed context failed in the backward pass."""
+    context, candidates = torch.randn(4, 3, 8), torch.randn((4, 5, 8) if own else (5, 8))
+    if layout == "transposed":
+        context, candidates = context.transpose(0, 1).contiguous().transpose(0, 1), candidates.mT.contiguous().mT
+    elif layout == "expanded":
+        context, candidates = context[:1].expand(4, 3, 8), candidates[..., :1, :].expand_as(candidates)
+    else:
+        context, candidates = context.repeat(1, 1, 2)[..., ::2], candidates.repeat_interleave(2, dim=-2)[..., ::2, :]
+
+    def both(function):
+        y, x = context.detach().requires_grad_(), candidates.detach().requires_grad_()
+        found = function(y, x, 0.5)
+        return found, *torch.autograd.grad(found.square().sum(), (y, x))
+
+    assert_same(both(score), both(poly_score))
+
+
+def test_forward_mode_and_a_learnt_scale_take_the_plain_form():
+    """Both lost their derivative without a word."""
+    context, candidates, scale = torch.randn(2, 3, 4), torch.randn(5, 4), torch.tensor(0.5, requires_grad=True)
+    _, found = torch.func.jvp(lambda y: score(y, candidates), (context,), (torch.ones_like(context),))
+    _, expected = torch.func.jvp(lambda y: poly_score(y, candidates), (context,), (torch.ones_like(context),))
+    torch.testing.assert_close(found, expected)
+    score(context, candidates, scale).sum().backward()
+    assert scale.grad.abs() > 0
+
+
+def test_its_gradient_has_no_gradient():
+    context = torch.randn(2, 3, 4, requires_grad=True)
+    (gradient,) = torch.autograd.grad(score(context, torch.randn(5, 4)).sum(), context, create_graph=True)
+    with pytest.raises(RuntimeError, match="score_backward"):
+        gradient.sum().backward()
+
+
 def test_no_contexts_and_no_candidates():
     assert score(torch.empty(0, 3, 4), torch.randn(5, 4)).shape == (0, 5)
     assert score(torch.randn(2, 3, 4), torch.empty(0, 4)).shape == (2, 0)
@@ -119,10 +167,16 @@ def test_no_contexts_and_no_candidates():
     assert not context.grad.any()
 
 
-def test_gradient_of_one_side_alone():
-    context, candidates = torch.randn(2, 3, 4), torch.randn(5, 4, requires_grad=True)
-    score(context, candidates).sum().backward()
-    assert candidates.grad.abs().sum() > 0
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("side", [0, 1])
+def test_gradient_of_one_side_alone(own, side):
+    sides = [torch.randn(2, 3, 4), torch.randn((2, 5, 4) if own else (5, 4))]
+    expected = value_and_gradients(poly_score, *sides)[1 + side]
+    sides[side].requires_grad_()
+    scores = score(*sides)
+    scores.backward(torch.linspace(-1, 2, scores.numel()).view_as(scores))
+    torch.testing.assert_close(sides[side].grad, expected)
+    assert sides[1 - side].grad is None
 
 
 def test_devices_that_differ_are_named():

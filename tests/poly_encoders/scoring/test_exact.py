@@ -6,11 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from poly_encoders.modeling import poly_score
-from poly_encoders.scoring.exact import Slices, exact_scores
+from poly_encoders.scoring.exact import Slices, exact_scores, ordered_sum
 
 
 def scores_of(context, rows, scale=1.0, padding=None):
-    return exact_scores(Slices(context), padding, rows, scale)
+    return exact_scores(Slices(context), Slices(rows), padding, scale)
 
 
 @settings(max_examples=40, deadline=None)
@@ -34,22 +34,49 @@ def test_they_are_the_plain_scores(scale, size):
 
 
 @pytest.mark.parametrize("dim", [1, 2, 3, 384, 768, 1024, 4096])
-def test_slices_add_up_to_the_vectors(dim):
+def test_slices_are_the_vectors(dim):
     torch.manual_seed(0)
     vectors = torch.randn(20, dim) * torch.logspace(-40, 30, 20)[:, None]
-    slices = Slices(vectors)
-    largest = vectors.double().abs().amax(dim=1, keepdim=True)
-    assert ((slices.high + slices.low - vectors.double()).abs() <= 2.0**-36 * largest).all()
+    assert torch.equal(sum(Slices(vectors).parts), vectors.double())
 
 
 @pytest.mark.parametrize("dim", [2, 7, 384, 768, 4096])
 def test_products_of_slices_are_exact_at_their_worst(dim):
     """All bits set and all signs alike: the largest sum that must still fit in float64."""
-    vector = torch.full((1, dim), 1 - 2.0**-24)
-    slices = Slices(vector)
-    for one, other in ((slices.high, slices.high), (slices.high, slices.low)):
-        product = int(one[0, 0] * 2.0**60) * int(other[0, 0] * 2.0**60) * dim  # in whole numbers, without rounding
-        assert int((one @ other.T).item() * 2.0**120) == product
+    slices = Slices(torch.full((1, dim), 1 - 2.0**-50, dtype=torch.float64))
+    assert len(slices.parts) > 1
+    for one in slices.parts:
+        for other in slices.parts:
+            product = int(one[0, 0] * 2.0**100) * int(other[0, 0] * 2.0**100) * dim  # in whole numbers
+            assert int((one @ other.T).item() * 2.0**200) == product
+
+
+@pytest.mark.parametrize("outlier", [1e4, 1e7, 1e10, 1e13])
+def test_one_very_large_coordinate_hides_none_of_the_others(outlier):
+    torch.manual_seed(0)
+    context, rows = torch.randn(16, 768), torch.randn(200, 768) / 768**0.5
+    context[:, 0], rows[:, 0] = 0, outlier
+    expected = poly_score(context[None].double(), rows.double())[0]
+    torch.testing.assert_close(scores_of(context, rows).double(), expected, rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("m", [1, 2, 3, 7, 64, 40000])
+def test_neither_other_rows_nor_zeros_at_the_end_change_a_sum(m):
+    torch.manual_seed(0)
+    terms = torch.randn(5, m, dtype=torch.float64)
+    found = ordered_sum(terms)
+    torch.testing.assert_close(found, terms.sum(dim=-1))
+    assert torch.equal(found, torch.stack([ordered_sum(row) for row in terms]))
+    assert torch.equal(found, ordered_sum(torch.nn.functional.pad(terms, (0, 13))))
+
+
+def test_the_amount_of_padding_changes_nothing():
+    context, rows = torch.full((14, 1), 1 + 2.0**-12), torch.full((3, 1), 1 + 2.0**-12)
+    plain = scores_of(context, rows)
+    for more in range(1, 20):
+        padding = torch.arange(14 + more) >= 14
+        padded = torch.cat([context, torch.zeros(more, 1)])
+        assert torch.equal(scores_of(padded, rows, padding=padding), plain)
 
 
 def test_zeros_and_padding():

@@ -10,18 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from poly_encoders import PolyEncoder, poly_score
-from poly_encoders.scoring import TopK, passes, prepare, ranking, shortlist, top_k
+from poly_encoders.scoring import PreparedCandidates, TopK, passes, prepare, ranking, shortlist, top_k
 from poly_encoders.scoring.exact import Slices, exact_scores
 from vectors import KINDS, vectors
 
 
 def score_everything(context, candidates, k, scale=1.0):
-    """The slow, obvious twin: all exact scores, sorted; equal ones stay in the order of their indices."""
+    """The slow, obvious twin: all scores in float64, rounded, sorted; equal ones stay in the order of their indices."""
     rows, order = [], []
-    for vectors_of_one in context:
-        padding = (vectors_of_one == 0).all(dim=-1)
-        scores = exact_scores(Slices(vectors_of_one), None if padding.all() else padding, candidates, scale)
-        found = scores.sort(descending=True, stable=True)
+    for y in context:
+        padding = (y == 0).all(dim=-1)
+        real = y if padding.all() else y[~padding]
+        found = exact_scores(Slices(real), Slices(candidates), None, scale).sort(descending=True, stable=True)
         rows.append(found.values[:k])
         order.append(found.indices[:k])
     return TopK(torch.stack(rows), torch.stack(order))
@@ -38,7 +38,7 @@ def small_pieces(rows=7, growth=2):
     with (
         mock.patch.multiple(passes, FIRST_ROWS=3, FEWEST_ROWS=2, MOST_ROWS=rows, ROWS_TO_ROUND=rows, GROWTH=growth),
         mock.patch.multiple(ranking, GROWTH=growth, WAITING=40, CONTEXT_VECTORS_AT_ONCE=12),
-        mock.patch.multiple(shortlist, AT_ONCE=3, LONG=5),
+        mock.patch.multiple(shortlist, AT_ONCE=100, LONG=5),
         mock.patch("poly_encoders.scoring.candidates.ROWS_AT_ONCE", 4),
     ):
         yield
@@ -142,7 +142,7 @@ def test_where_bfloat16_excludes_too_little_float32_takes_over():
 
     with small_pieces(rows=64), mock.patch.object(passes.Pass, "survivors", watched):
         found = top_k(context, candidates, 3, precision="exact")
-    assert used[0] == "bfloat16"
+    assert "bfloat16" in used
     assert used[-1] == "float32"
     assert_equal(found, score_everything(context, candidates, 3))
 
@@ -159,17 +159,24 @@ def test_bfloat16_is_close_and_its_scores_are_exact():
     assert (found.scores.diff(dim=1) <= 0).all()
 
 
-@pytest.mark.parametrize("device_type", ["without bfloat16 products", "with float32 results"])
-def test_products_that_come_back_in_float32(device_type):
-    """What devices other than the CPU do."""
-    context, candidates = vectors("normal", b=2, m=4, n=500, dim=32)
-    plain = passes.Pass.__init__
+@pytest.mark.parametrize("in_float32", [False, True])
+def test_products_that_come_back_in_float32(in_float32):
+    """What devices other than the CPU do: bfloat16 products with float32 results, or none at all."""
+    context, candidates = vectors("normal", b=2, m=4, n=5000, dim=32)
+    plain, product = passes.Pass.__init__, torch.mm
 
     def elsewhere(self, *args, **kwargs):
         plain(self, *args, **kwargs)
         self.low_out, self.step = False, 0.0
 
-    with mock.patch.object(passes.Pass, "__init__", elsewhere):
+    def with_out_dtype(one, other, out_dtype=None, **options):
+        return product(one.float(), other.float()) if out_dtype else product(one, other, **options)
+
+    with (
+        mock.patch.object(passes.Pass, "__init__", elsewhere),
+        mock.patch.object(passes, "adds_bf16_in_float32", return_value=in_float32),
+        mock.patch.object(torch, "mm", with_out_dtype),
+    ):
         assert_equal(top_k(context, candidates, 7, precision="exact"), score_everything(context, candidates, 7))
 
 
@@ -192,6 +199,7 @@ def test_contexts_may_be_arrays_and_of_other_dtypes():
     frozen = context.numpy().copy()
     frozen.flags.writeable = False
     expected = score_everything(context, candidates, 5)
+    assert_equal(top_k(frozen.astype(">f4"), candidates, 5, precision="exact"), expected)
     assert_equal(top_k(frozen, candidates, 5, precision="exact"), expected)
     assert_equal(top_k(context.double().requires_grad_(), candidates.numpy(), 5, precision="exact"), expected)
     low = context.bfloat16()
@@ -229,6 +237,38 @@ def test_autocast_and_inference_mode_change_nothing():
             assert_equal(top_k(context, candidates, 10, precision=precision), expected)
         with torch.inference_mode():
             assert_equal(top_k(context, prepare(candidates), 10, precision=precision), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_another_default_dtype_changes_nothing(dtype):
+    context, candidates = vectors("normal", b=2, m=4, n=3000, dim=64)
+    expected = score_everything(context, candidates, 10)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        for precision in ("exact", "float32"):
+            assert_equal(top_k(context, candidates, 10, precision=precision), expected)
+        assert top_k(context, candidates, 0).scores.dtype == torch.float32
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("outlier", [1e5, 1e10])
+def test_a_coordinate_that_is_large_in_all_candidates_changes_no_order(outlier):
+    context, candidates = vectors("normal", b=1, m=16, n=2000, dim=768)
+    context[..., 0], candidates[:, 0] = 0, outlier
+    expected = poly_score(context.double(), candidates.double()).topk(10)
+    for precision in ("exact", "float32"):
+        assert torch.equal(top_k(context, candidates, 10, precision=precision).indices, expected.indices)
+
+
+def test_padding_anywhere_changes_nothing():
+    context, candidates = vectors("normal", b=3, m=6, n=2000, dim=32)
+    expected = top_k(context, candidates, 10, precision="exact")
+    for places in ([0, 1, 2, 3, 4, 5], [3, 4, 5, 6, 7, 8], [0, 2, 4, 6, 8, 9]):
+        padded = torch.zeros(3, 10, 32)
+        padded[:, places] = context
+        assert_equal(top_k(padded, candidates, 10, precision="exact"), expected)
 
 
 def test_ranks_as_the_model_does(poly_encoder: PolyEncoder):
@@ -272,6 +312,16 @@ def test_candidates_that_are_not_finite_are_named(bad, precision):
         top_k(torch.randn(2, 3, 8), candidates, 5, precision=precision)
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e36])
+def test_bfloat16_ranks_what_overflows_in_it(scale):
+    """Rough scores of NaN came first: the worst candidate was chosen, and refused."""
+    context, candidates = vectors("normal", b=1, m=3, n=2000, dim=8)
+    context, candidates = context.abs() + 0.5, candidates.abs()
+    candidates[100] = -1e38
+    expected = score_everything(context, candidates, 5, scale)
+    assert_equal(top_k(context, candidates, 5, precision="bfloat16", scale=scale), expected)
+
+
 @pytest.mark.parametrize("precision", ["exact", "float32", "bfloat16"])
 def test_scores_beyond_float32_are_refused(precision):
     context, candidates = vectors("normal", b=1, m=3, n=50, dim=8)
@@ -281,7 +331,6 @@ def test_scores_beyond_float32_are_refused(precision):
 
 def test_a_candidate_too_long_for_the_bound_hides_no_other():
     context, candidates = vectors("normal", b=1, m=3, n=50, dim=8)
-    candidates[7] *= -1e30  # its own score is far from the best
     candidates[7] = -context[0].sum(dim=0).sign() * 1e30
     expected = score_everything(context, candidates, 5)
     assert_equal(top_k(context, candidates, 5, precision="exact"), expected)
@@ -294,14 +343,19 @@ def test_a_candidate_too_long_for_the_bound_hides_no_other():
         ({"context": torch.empty(2, 0, 4)}, ValueError, r"\(2, 0, 4\)"),
         ({"context": torch.full((2, 3, 4), torch.nan)}, ValueError, "context vectors hold NaN"),
         ({"context": torch.ones(2, 3, 4, dtype=torch.int64)}, TypeError, "torch.int64"),
-        ({"context": "Hello!"}, TypeError, "str"),
+        ({"context": "Hello!"}, TypeError, "a str"),
+        ({"context": np.array([["Hello!"]])}, TypeError, "<U6"),
+        ({"context": torch.empty(2, 3, 0), "candidates": torch.empty(6, 0)}, ValueError, r"\(2, 3, 0\)"),
         ({"context": torch.randn(2, 3, 5)}, ValueError, "5 wide, candidate vectors 4"),
         ({"candidates": torch.empty(6, 4, device="meta")}, ValueError, "on cpu, candidate vectors on meta"),
         ({"candidates": torch.ones(6, 4, dtype=torch.int8)}, TypeError, "torch.int8"),
+        ({"candidates": torch.eye(6, 4).to_sparse()}, TypeError, "to_dense"),
+        ({"candidates": np.ma.masked_less(np.ones((6, 4)), 0)}, TypeError, "MaskedArray"),
         ({"candidates": torch.randn(2, 6, 4)}, ValueError, r"\(2, 6, 4\)"),
         ({"k": -1}, ValueError, "at least 0, got -1"),
         ({"k": 2.0}, TypeError, "whole number, got 2.0"),
         ({"k": True}, TypeError, "whole number, got True"),
+        ({"scale": "1"}, ValueError, "positive number, got '1'"),
         ({"scale": 0.0}, ValueError, "positive number, got 0.0"),
         ({"scale": float("nan")}, ValueError, "positive number, got nan"),
         ({"precision": "int8"}, ValueError, "exact, float32, bfloat16, not 'int8'"),
@@ -311,6 +365,13 @@ def test_bad_input_is_named(change, error, message):
     options = {"context": torch.randn(2, 3, 4), "candidates": torch.randn(6, 4), "k": 2, **change}
     with pytest.raises(error, match=message):
         top_k(options.pop("context"), options.pop("candidates"), options.pop("k"), **options)
+
+
+def test_candidates_that_changed_in_number_since_they_were_prepared():
+    prepared = prepare(torch.randn(6, 4))
+    changed = PreparedCandidates(torch.randn(7, 4), prepared.low, prepared.norms, prepared.residuals)
+    with pytest.raises(ValueError, match="6 candidates were prepared, but there are 7"):
+        top_k(torch.randn(2, 3, 4), changed, 2)
 
 
 def test_a_progress_bar_counts_candidates(capsys):
