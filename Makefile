@@ -3,11 +3,12 @@ PYTHON ?= python3
 # The torch that the README's figures were taken with. Any other from 2.9 on will do: make quickstart TORCH=torch
 TORCH ?= torch==2.13.0
 
-.PHONY: quickstart compare test check wheel clean help
+.PHONY: quickstart compare benchmarks test check wheel clean help
 
 help:
 	@echo "make quickstart   train a Poly-encoder on real dialogue and rank replies (minutes on two CPU cores)"
 	@echo "make compare      the same for all three encoders, timed"
+	@echo "make benchmarks   time and memory of scoring and of a training step, beside their rivals"
 	@echo "make test         run all tests"
 	@echo "make check        lint and types"
 	@echo "make wheel        build the distribution into dist/"
@@ -17,6 +18,10 @@ quickstart: .venv/.ready
 
 compare: .venv/.ready
 	.venv/bin/python -m poly_encoders.training.quickstart --compare
+
+benchmarks: .venv-dev/.ready
+	.venv-dev/bin/python benchmarks/scoring.py
+	.venv-dev/bin/python benchmarks/training.py
 
 test: .venv-dev/.ready
 	.venv-dev/bin/python -m pytest

@@ -1,7 +1,7 @@
 """The best 10 of very many candidates: ours against the usual ways, in one process, and what memory each takes.
 
-    python benchmarks/scoring.py                              # all of it, some 40 minutes on two cores
-    python benchmarks/scoring.py --n 100000 --m 64 --dim 768  # the figures of the README's table, two minutes
+    python benchmarks/scoring.py                              # all of it, some 10 minutes on two cores
+    python benchmarks/scoring.py --n 100000 --m 64 --dim 768  # the figures of the README's table, one minute
 
 Vectors are random: their values matter little for the time. Writes benchmarks/results/scoring.json and scoring.png.
 """
@@ -166,7 +166,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, nargs="+", default=[1000, 10_000, 100_000, 1_000_000])
     parser.add_argument("--m", type=int, nargs="+", default=[16, 64, 360])
     parser.add_argument("--dim", type=int, nargs="+", default=[384, 768])
-    parser.add_argument("--rounds", type=int, default=15, help="of each method; fewer from a million candidates on")
+    parser.add_argument("--rounds", type=int, default=11, help="of each method; fewer from a million candidates on")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args()
     console, rows = Console(), []

@@ -38,8 +38,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from poly_encoders.scoring.exact import float64
-
 BFLOAT16_STEP = 2.0**-8  # the largest relative error of rounding to bfloat16, to nearest
 SUBNORMAL = 2.0**-125  # twice the largest number that hardware may take for zero
 
@@ -71,20 +69,26 @@ def dot_error(context: Tensor, rounded: Tensor, *, full_float32: bool = True) ->
         full_float32: False where the product may round its inputs again, to TF32 or bfloat16.
     """
     dim, m = context.shape[-1], context.shape[-2]
-    exact = float64(context)
-    # Not 0, so that one can divide by it; what float32 flushes to zero is far below.
-    length = torch.linalg.vector_norm(exact, dim=-1).amax(dim=-1) + 2.0**-63
+    length = upper_norms(context).amax(dim=-1)
     taken = torch.zeros_like(length)
     if rounded is not context:
-        taken = torch.linalg.vector_norm(exact - float64(rounded), dim=-1).amax(dim=-1)
+        taken = upper_norms(context - rounded.to(context.dtype)).amax(dim=-1)
     gamma = (dim + m + 32) * 2.0**-22
     if not full_float32:
         gamma += 2 * BFLOAT16_STEP
     swell = 1 + 2 * BFLOAT16_STEP  # a rounded vector may be longer than the vector was
     share = swell * (taken / length + gamma * swell) + SUBNORMAL * math.sqrt(dim) / length
     constant = SUBNORMAL * (dim + math.sqrt(dim) * length)
-    # Rounding the parts to float32 must not lower them.
-    return DotError(*(((1 + 2.0**-18) * part).float().to(context.device) for part in (length, share, constant)))
+    # Rounding must not lower them.
+    return DotError(*((1 + 2.0**-18) * part for part in (length, share, constant)))
+
+
+def upper_norms(vectors: Tensor) -> Tensor:
+    """Upper bounds of the lengths of `(..., dim)` vectors, float32 and never 0; infinite where it cannot hold them."""
+    dim = vectors.shape[-1]
+    norms = torch.linalg.vector_norm(vectors if vectors.dtype == torch.float64 else vectors.float(), dim=-1)
+    # Raised by what float32 may have lost: rounding, and squares too small for it.
+    return (norms * (1 + (dim + 4) * 2.0**-23) + math.sqrt(dim) * 2.0**-63).float()
 
 
 @functools.lru_cache

@@ -1,6 +1,5 @@
 """Candidate vectors in whatever holds them, read in pieces, and prepared once for many searches."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -8,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
+
+from poly_encoders.scoring.bounds import upper_norms
 
 ROWS_AT_ONCE = 1024  # in one block on the CPU: a few MiB, which stay in the cache between the steps
 GPU_ROWS_AT_ONCE = 65536
@@ -81,8 +82,7 @@ def rounded(reader: "CandidateReader", start: int, stop: int, bar: tqdm | None =
         if not keep:
             low[here] = rows
             exact = rows if rows.dtype == torch.float64 else rows.float()
-            taken = torch.linalg.vector_norm(exact - low[here], dim=1)
-            residuals[here] = _upper(taken, reader.dim)
+            residuals[here] = upper_norms(exact - low[here].to(exact.dtype))
         if bar is not None:
             bar.update(len(rows))
     return low, norms, residuals
@@ -94,8 +94,7 @@ def vector_norms(rows: Tensor, first: int) -> Tensor:
     Raises:
         ValueError: a vector is not finite; `first` is the index of the first in the message.
     """
-    exact = rows if rows.dtype == torch.float64 else rows.float()
-    norms = _upper(torch.linalg.vector_norm(exact, dim=1), rows.shape[1])
+    norms = upper_norms(rows)
     if not bool(norms.isfinite().all()):  # also where only the square of a good number overflows
         bad = (~rows.isfinite().all(dim=1)).nonzero()
         if len(bad):
@@ -104,11 +103,6 @@ def vector_norms(rows: Tensor, first: int) -> Tensor:
                 "it again, or leave it out."
             )
     return norms
-
-
-def _upper(norms: Tensor, dim: int) -> Tensor:
-    """Computed lengths raised by what float32 may have lost: rounding, and squares too small for it."""
-    return (norms * (1 + (dim + 4) * 2.0**-23) + math.sqrt(dim) * 2.0**-63).float()
 
 
 class CandidateReader:

@@ -30,9 +30,8 @@ class Slices:
         self.parts: list[Tensor] = []
         while not self.parts or (len(self.parts) < MOST_SLICES and bool(rest.any())):
             step = step * 2.0**-bits
-            part = (rest / step).round_().mul_(step)
-            self.parts.append(part)
-            rest = rest - part
+            self.parts.append((rest / step).round_().mul_(step))
+            rest = rest - self.parts[-1]
 
 
 def exact_scores(context: Slices, candidates: Slices, padding: Tensor | None, scale: float) -> Tensor:

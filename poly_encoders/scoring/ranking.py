@@ -160,11 +160,11 @@ class _Search:
         """Put those found on the shortlist, which raises the thresholds."""
         if not self.found:
             return
-        columns = [torch.cat(column) for column in zip(*self.found, strict=True)]
+        which, index, score, slack = (torch.cat(column) for column in zip(*self.found, strict=True))
         looked_at = (self.seen - self.seen_when_settled) * self.shortlist.contexts
         useless = self.seen_when_settled > 0 and not self.approximate and self.waiting > looked_at // 10
         self.found, self.waiting, self.seen_when_settled = [], 0, self.seen
-        self.shortlist.add(*columns, in_float32=self.sweep is self.float32)
+        self.shortlist.add(which, index, score, slack, in_float32=self.sweep is self.float32)
         # Where bfloat16 excludes too little to be worth its pass, float32 does the rest.
         self.sweep = self.usual = self.float32 if useless else self.usual
 
@@ -191,7 +191,7 @@ def _checked_context(context: Tensor | np.ndarray) -> Tensor:
             f"Context vectors have shape {tuple(context.shape)}; expected (batch, m, dim), as encode_query gives it. "
             "For a single context of shape (m, dim) pass context[None]."
         )
-    if not bool(context.isfinite().all()):
+    if len(context) and not bool(context.abs().amax().isfinite()):
         raise ValueError(
             "The context vectors hold NaN or infinity, so nothing can be ranked. Encode the contexts again."
         )
