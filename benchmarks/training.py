@@ -1,6 +1,6 @@
 """What the Poly-encoder adds to a Bi-encoder's training step, and what memory its in-batch scores take.
 
-    python benchmarks/training.py
+    python benchmarks/training.py  # some six minutes on two cores
 
 Writes benchmarks/results/training.json.
 """
@@ -55,7 +55,7 @@ def steps(console: Console) -> list[dict[str, Any]]:
     # Each step against the one beside it: what the machine does to both drops out.
     ratios = [poly / bi for bi, poly in zip(*times.values(), strict=True)]
     ratio = summary(ratios)["median_ms"]
-    table = Table(title=f"One training step, MiniLM, batch of {BATCH}, bfloat16: {has_fast_bf16()}")
+    table = Table(title=f"One training step, MiniLM, batch of {BATCH}")
     for heading in ("", "median", "quartiles"):
         table.add_column(heading)
     for row in rows:
