@@ -1,9 +1,10 @@
 """The best 10 of very many candidates: ours against the usual ways, in one process, and what memory each takes.
 
-    python benchmarks/scoring.py                              # all of it, some 10 minutes on two cores
-    python benchmarks/scoring.py --n 100000 --m 64 --dim 768  # the figures of the README's table, one minute
+    python benchmarks/scoring.py    # all of it, some 10 minutes on two cores
+    python benchmarks/scoring.py --n 100000 --m 64 --dim 768 --out figures    # the README's table alone, one minute
 
-Vectors are random: their values matter little for the time. Writes benchmarks/results/scoring.json and scoring.png.
+Vectors are random: their values matter little for the time. Writes scoring.json and scoring.png into
+benchmarks/results/, or the folder that --out names.
 """
 
 import argparse

@@ -1,5 +1,6 @@
 """All scores of contexts against candidates, with gradients, in little more memory than they take themselves."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,7 +14,9 @@ DOTS_AT_ONCE = 2**21
 VECTORS_AT_ONCE = 2**22  # numbers in the vectors of a piece, on either side: 16 MiB, copied where they are not float32
 
 
-def score(context: Tensor, candidates: Tensor, scale: float = 1.0, *, dots_at_once: int = DOTS_AT_ONCE) -> Tensor:
+def score(
+    context: Tensor, candidates: Tensor, scale: float | Tensor = 1.0, *, dots_at_once: int = DOTS_AT_ONCE
+) -> Tensor:
     """`poly_score` in pieces, forward and backward: of the `(batch, n, m)` dots only a piece is held, and none is kept.
 
     The gradient is the closed form `d score / d d_i = w_i (1 + scale (d_i - score))` with `w = softmax(scale d)`, from
@@ -61,9 +64,7 @@ def _score(context: Tensor, candidates: Tensor, scale: float, dots_at_once: int)
     with torch.autocast(context.device.type, enabled=False):
         for some in _slices(len(context), contexts):
             y = context[some].to(scores.dtype)  # (b, m, dim)
-            for few in _slices(candidates.shape[-2], rows):
-                x = (candidates[few] if shared else candidates[some, few]).to(scores.dtype)  # (n, dim) or (b, n, dim)
-                dots, weights = _attend(y, x, scale)
+            for few, _, dots, weights in _attended(y, candidates if shared else candidates[some], rows, scale):
                 score = weights.mul_(dots).sum(dim=-1)
                 scores[some, few] = score.T if shared else score
     return scores
@@ -93,9 +94,7 @@ def _score_backward(
         for some in _slices(len(context), contexts):
             y = context[some].to(dtype)  # (b, m, dim)
             for_y = y.new_zeros(y.shape)
-            for few in _slices(candidates.shape[-2], rows):
-                x = (candidates[few] if shared else candidates[some, few]).to(dtype)  # (n, dim) or (b, n, dim)
-                dots, weights = _attend(y, x, scale)
+            for few, x, dots, weights in _attended(y, candidates if shared else candidates[some], rows, scale):
                 score, outer = scores[some, few, None], gradient[some, few, None]
                 if shared:
                     score, outer = score.transpose(0, 1), outer.transpose(0, 1)
@@ -125,9 +124,8 @@ def _(
     dots_at_once: int,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor]:
-    return context.new_empty(context.shape if wanted[0] else 0), candidates.new_empty(
-        candidates.shape if wanted[1] else 0
-    )
+    for_context = context.new_empty(context.shape if wanted[0] else 0)
+    return for_context, candidates.new_empty(candidates.shape if wanted[1] else 0)
 
 
 def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, float, int], output: Tensor) -> None:
@@ -142,6 +140,15 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None,
 
 
 _score.register_autograd(_backward, setup_context=_keep)
+
+
+def _attended(
+    context: Tensor, candidates: Tensor, rows: int, scale: float
+) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+    """Some contexts against all candidates, so many of these at a time: which, their vectors, dots and weights."""
+    for few in _slices(candidates.shape[-2], rows):
+        x = candidates[..., few, :].to(context.dtype)  # (n, dim) or (batch, n, dim)
+        yield few, x, *_attend(context, x, scale)
 
 
 def _attend(context: Tensor, candidates: Tensor, scale: float) -> tuple[Tensor, Tensor]:

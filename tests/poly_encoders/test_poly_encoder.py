@@ -187,6 +187,21 @@ def test_bad_candidates(poly_encoder, bad):
 # --- scoring --------------------------------------------------------------------------------------------------------
 
 
+def test_similarity_is_the_engine_s_so_that_training_keeps_no_dots(poly_encoder):
+    contexts, candidates = torch.randn(3, 4, tiny.WIDTH, requires_grad=True), torch.randn(3, tiny.WIDTH)
+    for scores in (
+        poly_encoder.similarity(contexts, candidates),
+        poly_encoder.similarity_pairwise(contexts, candidates),
+    ):
+        kinds, nodes = set(), [scores.grad_fn]
+        while nodes:
+            node = nodes.pop()
+            kinds.add(node.name())
+            nodes += [parent for parent, _ in node.next_functions if parent is not None]
+        assert any("poly_encoders" in kind for kind in kinds), kinds
+        assert not any("Softmax" in kind for kind in kinds), kinds
+
+
 def test_similarity_is_the_model_s_score(poly_encoder):
     contexts = poly_encoder.encode_query(CONTEXTS)
     candidates = poly_encoder.encode_document(CANDIDATES)
