@@ -63,6 +63,8 @@ class PolyEncoderConfig(PreTrainedConfig):
             tokenizer allow when left out. The paper keeps 360 and 72.
         turn_separator (`str`, defaults to `"\n"`):
             The text put between the turns of a conversation.
+        max_turns (`int`, *optional*):
+            Turns kept of a conversation (its last). All when left out. The paper keeps 20.
 
     Raises:
         StrictDataclassFieldValidationError: a value of the wrong type, or not among those listed.
@@ -89,6 +91,7 @@ class PolyEncoderConfig(PreTrainedConfig):
     max_context_length: int | None = None
     max_candidate_length: int | None = None
     turn_separator: str = "\n"
+    max_turns: int | None = None
 
     # What transformers and DeepSpeed read of any configuration; a value set here reaches both encoders.
     hidden_size = _delegated("hidden_size")
@@ -153,6 +156,8 @@ class PolyEncoderConfig(PreTrainedConfig):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or value < 1):
                 raise ValueError(f"{name} must be at least 1 token, or None for no limit of its own, got {value!r}.")
+        if self.max_turns is not None and (isinstance(self.max_turns, bool) or self.max_turns < 1):
+            raise ValueError(f"max_turns must be at least 1, or None for all turns, got {self.max_turns!r}.")
 
     def validate_encoders(self) -> None:
         if self.share_encoders:

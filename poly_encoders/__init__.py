@@ -3,7 +3,7 @@
 Importing this package teaches transformers' Auto classes the Poly-encoder; it has no other effect.
 """
 
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from poly_encoders.modeling import PolyEncoderConfig, PolyEncoderModel, PolyEncoderOutput, poly_score
 
@@ -22,7 +22,12 @@ register()
 from poly_encoders.bi_encoder import BiEncoder  # noqa: E402
 from poly_encoders.cross_encoder import CrossEncoder  # noqa: E402
 from poly_encoders.evaluation import CandidateRankingEvaluator  # noqa: E402
+from poly_encoders.parlai import ParlAITokenizer  # noqa: E402
 from poly_encoders.poly_encoder import PolyEncoder  # noqa: E402
+
+# Any class that a tokenizer_config.json names is found once it is registered; the configuration beside it only says what
+# to load a Poly-encoder's tokenizer with where none is named, and there ours is a plain fast tokenizer.
+AutoTokenizer.register(PolyEncoderConfig, tokenizer_class=ParlAITokenizer)
 
 __all__ = [
     "BiEncoder",

@@ -19,7 +19,7 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from torch import nn
 
 from poly_encoders import first_m_pooling
-from poly_encoders.conversations import TURN_SEPARATOR, candidate_texts
+from poly_encoders.conversations import TURN_SEPARATOR, candidate_texts, checked_max_turns
 from poly_encoders.first_m_pooling import FirstMMeanPooling
 from poly_encoders.lengths import last_tokens, room_beside_prompt, token_limit
 from poly_encoders.two_sided import Task, TwoSidedEncoder, clear_load_errors, refuse_poly_encoder, save_staged
@@ -46,6 +46,7 @@ class BiEncoder(TwoSidedEncoder):
             candidates.
         max_context_length, max_candidate_length: Tokens kept: the last of a context, the first of a candidate.
         turn_separator: Text between the turns of a conversation, `"\n"` for a new model.
+        max_turns: Turns kept of a conversation, its last; all when left out.
         **kwargs: All that `SentenceTransformer` takes.
 
     Raises:
@@ -69,6 +70,7 @@ class BiEncoder(TwoSidedEncoder):
         max_context_length: int | None = None,
         max_candidate_length: int | None = None,
         turn_separator: str | None = None,
+        max_turns: int | None = None,
         **kwargs: Any,
     ) -> None:
         if m is not None and reduction != "first_m_mean":
@@ -78,6 +80,7 @@ class BiEncoder(TwoSidedEncoder):
         self._wishes: dict[str, Any] = {"reduction": reduction, "m": m, "share_encoders": share_encoders}
         self._saved: dict[str, Any] | None = None
         self._turn_separator = turn_separator
+        self._max_turns = checked_max_turns(max_turns)
         kwargs.setdefault("similarity_fn_name", "dot")
         with clear_load_errors(model_name_or_path):
             super().__init__(model_name_or_path, **kwargs)
@@ -91,6 +94,10 @@ class BiEncoder(TwoSidedEncoder):
     @property
     def turn_separator(self) -> str:
         return TURN_SEPARATOR if self._turn_separator is None else self._turn_separator
+
+    @property
+    def max_turns(self) -> int | None:
+        return self._max_turns
 
     @property
     def share_encoders(self) -> bool:
@@ -201,6 +208,8 @@ class BiEncoder(TwoSidedEncoder):
         self._saved = model_config.get("poly_encoders")
         if self._saved is not None and self._turn_separator is None:
             self._turn_separator = self._saved.get("turn_separator")
+        if self._saved is not None and self._max_turns is None:
+            self._max_turns = self._saved.get("max_turns")
 
     # --- saving ----------------------------------------------------------------------------------------------------
 
@@ -211,7 +220,12 @@ class BiEncoder(TwoSidedEncoder):
             reduction = {"reduction": "first_m_mean", "m": pooling.m}
         elif isinstance(pooling, Pooling) and pooling.pooling_mode in ("cls", "mean"):
             reduction = {"reduction": "first" if pooling.pooling_mode == "cls" else "mean"}
-        ours = {"share_encoders": self.share_encoders, "turn_separator": self.turn_separator, **reduction}
+        ours = {
+            "share_encoders": self.share_encoders,
+            "turn_separator": self.turn_separator,
+            "max_turns": self.max_turns,
+            **reduction,
+        }
         return {
             **super()._get_model_config(),
             # plain SentenceTransformer compares this with its own type, and subclasses share it

@@ -52,8 +52,9 @@ def module_from_sentence_transformer(path: str, hub: dict[str, Any], options: "B
         local = dict.fromkeys(folders, path)
         places = {**hub, "subfolder": folders["query"]} if folders["query"] else hub
     ours = _read_json(path, "config_sentence_transformers.json", hub, default={}).get("poly_encoders", {})
-    if "turn_separator" in ours:
-        config_options.setdefault("turn_separator", ours["turn_separator"])
+    for name in ("turn_separator", "max_turns"):
+        if name in ours:
+            config_options.setdefault(name, ours[name])
     places = {**places, "trust_remote_code": options.trust_remote_code}
     tokenizers = {side: AutoTokenizer.from_pretrained(local[side], **places, **options.processor) for side in local}
     if tokenizers["query"].get_vocab() != tokenizers["document"].get_vocab():

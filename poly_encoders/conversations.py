@@ -10,7 +10,8 @@ Wherever a batch goes in (`encode_query`, `predict`), the outermost list is the 
 contexts and `[["hello", "hi"]]` one of two turns. A list of chat messages is always one conversation.
 
 Turns are joined by the model's `turn_separator`, roles are not written into the text, and what is too long for the
-model is cut token by token from the left: the oldest goes first.
+model is cut token by token from the left: the oldest goes first. Where the model has `max_turns`, only that many of the
+last turns are read at all.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,12 +27,13 @@ TURN_SEPARATOR = "\n"
 _FORMS = "a string, a list of turns (strings), or a list of chat messages ({'role': ..., 'content': ...})"
 
 
-def context_text(context: Any, separator: str = TURN_SEPARATOR) -> str:
+def context_text(context: Any, separator: str = TURN_SEPARATOR, max_turns: int | None = None) -> str:
     """One context as one text.
 
     Args:
         context: A string, a list of turns, or a list of chat messages, oldest first.
         separator: Put between turns.
+        max_turns: How many of the last turns to keep; all when left out. A string is one turn.
 
     Raises:
         TypeError: `context`, or an item of it, is none of these.
@@ -51,7 +53,8 @@ def context_text(context: Any, separator: str = TURN_SEPARATOR) -> str:
         raise TypeError(f"A context is {_FORMS}, but this one is {_described(context)}.")
     if len(context) == 0:
         raise ValueError("The context is a conversation without a single turn. Pass at least one turn, or a string.")
-    return separator.join(_turn_text(turn, position) for position, turn in enumerate(context))
+    texts = [_turn_text(turn, position) for position, turn in enumerate(context)]
+    return separator.join(texts if max_turns is None else texts[-max_turns:])
 
 
 def is_single_context(inputs: Any) -> bool:
@@ -61,9 +64,11 @@ def is_single_context(inputs: Any) -> bool:
     return isinstance(inputs, (list, tuple)) and len(inputs) > 0 and isinstance(inputs[0], Mapping)
 
 
-def context_texts(contexts: Iterable[Any], separator: str = TURN_SEPARATOR) -> list[str]:
+def context_texts(contexts: Iterable[Any], separator: str = TURN_SEPARATOR, max_turns: int | None = None) -> list[str]:
     """A batch of contexts as texts; an error names the position of the bad one."""
-    return [_at(position, context_text, context, separator) for position, context in enumerate(_batch(contexts))]
+    return [
+        _at(position, context_text, context, separator, max_turns) for position, context in enumerate(_batch(contexts))
+    ]
 
 
 def candidate_texts(candidates: Iterable[Any]) -> list[str]:
@@ -74,6 +79,17 @@ def candidate_texts(candidates: Iterable[Any]) -> list[str]:
         ValueError: text that no tokenizer can read.
     """
     return [_at(position, checked_text, text, "The candidate") for position, text in enumerate(_batch(candidates))]
+
+
+def checked_max_turns(value: int | None) -> int | None:
+    """`value` itself, if it is a number of turns that can be kept.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise ValueError(f"max_turns must be at least 1, or None for all turns, got {value!r}.")
+    return value
 
 
 def checked_text(text: Any, what: str = "The text") -> str:

@@ -14,7 +14,7 @@ import sentence_transformers
 from sentence_transformers.base.modules import Transformer
 from torch import nn
 
-from poly_encoders.conversations import TURN_SEPARATOR, Context, candidate_texts, context_texts
+from poly_encoders.conversations import TURN_SEPARATOR, Context, candidate_texts, checked_max_turns, context_texts
 from poly_encoders.lengths import token_limit
 from poly_encoders.two_sided import (
     Ranked,
@@ -36,6 +36,7 @@ class CrossEncoder(sentence_transformers.CrossEncoder):
         max_context_length, max_candidate_length: Tokens kept: the last of a context, the first of a candidate, special
             tokens not counted. When left out, a candidate may take a quarter of the room, a context the rest.
         turn_separator: Text between the turns of a conversation, `"\n"` for a new model.
+        max_turns: Turns kept of a conversation, its last; all when left out.
         **kwargs: All that `sentence_transformers.CrossEncoder` takes. A new model's `activation_fn` is the identity:
             scores are raw and unbounded, comparable within one context.
 
@@ -51,11 +52,13 @@ class CrossEncoder(sentence_transformers.CrossEncoder):
         max_context_length: int | None = None,
         max_candidate_length: int | None = None,
         turn_separator: str | None = None,
+        max_turns: int | None = None,
         **kwargs: Any,
     ) -> None:
         self._max_context_length = max_context_length
         self._max_candidate_length = max_candidate_length
         self._turn_separator = turn_separator
+        self._max_turns = checked_max_turns(max_turns)
         if kwargs.get("num_labels", 1) != 1:
             raise ValueError(
                 f"This Cross-encoder ranks, so it has one score for a pair, not num_labels={kwargs['num_labels']}. "
@@ -81,6 +84,11 @@ class CrossEncoder(sentence_transformers.CrossEncoder):
     def turn_separator(self) -> str:
         """Text between the turns of a conversation."""
         return TURN_SEPARATOR if self._turn_separator is None else self._turn_separator
+
+    @property
+    def max_turns(self) -> int | None:
+        """Turns kept of a conversation, its last; `None` for all."""
+        return self._max_turns
 
     def length_limits(self) -> tuple[int, int]:
         """Tokens kept of a context and of a candidate, special tokens not counted.
@@ -116,7 +124,7 @@ class CrossEncoder(sentence_transformers.CrossEncoder):
         for position, pair in enumerate(inputs):
             if not isinstance(pair, (list, tuple)) or len(pair) != 2:
                 raise ValueError(f"Item {position} is no pair of a context and a candidate, but {pair!r:.80}.")
-        contexts = context_texts([pair[0] for pair in inputs], self.turn_separator)
+        contexts = context_texts([pair[0] for pair in inputs], self.turn_separator, self.max_turns)
         candidates = candidate_texts([pair[1] for pair in inputs])
         keep_context, keep_candidate = self.length_limits()
         rows = _PairTokenizer(self[0].tokenizer, keep_context, keep_candidate, prompt)(contexts, candidates)
@@ -145,7 +153,7 @@ class CrossEncoder(sentence_transformers.CrossEncoder):
         **kwargs: Any,
     ) -> list[Ranked]:
         """Rank candidates for one context: arguments and result as `PolyEncoder.rank` and upstream's."""
-        text, texts = ranking_inputs(query, documents, self.turn_separator, top_k)
+        text, texts = ranking_inputs(self, query, documents, top_k)
         if not texts:
             return []
         options = {"prompt_name": prompt_name, "prompt": prompt, "batch_size": batch_size, **kwargs}
@@ -190,6 +198,7 @@ class CrossEncoder(sentence_transformers.CrossEncoder):
             "max_context_length": self._max_context_length,
             "max_candidate_length": self._max_candidate_length,
             "turn_separator": self.turn_separator,
+            "max_turns": self.max_turns,
         }
         return {**super()._get_model_config(), "poly_encoders": ours}
 
@@ -240,12 +249,9 @@ class _PairTokenizer:
         candidate = candidate[: self.keep_candidate]
         if self.frame is None:
             return dict(self.tokenizer.prepare_for_model(context, candidate, return_token_type_ids=True))
-        (before, between, after), segments = self.frame
-        parts = [before, context, between, candidate, after]
-        ids = [token for part in parts for token in part]
-        kinds = [(kind or [0])[0] for kind in segments]
-        return {
-            "input_ids": ids,
-            "token_type_ids": [kind for part, kind in zip(parts, kinds, strict=True) for _ in part],
-            "attention_mask": [1] * len(ids),
-        }
+        (before, between, after), (first, second, third, fourth, fifth) = self.frame
+        if getattr(self.tokenizer, "cuts_special_tokens", False):
+            after = after[: self.keep_candidate - len(candidate)]
+        ids = [*before, *context, *between, *candidate, *after]
+        kinds = [*first, *second[:1] * len(context), *third, *fourth[:1] * len(candidate), *fifth[: len(after)]]
+        return {"input_ids": ids, "token_type_ids": kinds, "attention_mask": [1] * len(ids)}

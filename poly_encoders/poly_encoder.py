@@ -28,6 +28,7 @@ class PolyEncoder(TwoSidedEncoder):
         share_encoders: One encoder for both sides instead of two that start equal.
         max_context_length, max_candidate_length: Tokens kept: the last of a context, the first of a candidate.
         turn_separator: Text between the turns of a conversation, `"\n"` for a new model.
+        max_turns: Turns kept of a conversation, its last; all when left out.
         **kwargs: All that `SentenceTransformer` takes (`device`, `prompts`, `revision`, `token`, `model_kwargs`, ...);
             further fields of `PolyEncoderConfig` go into `config_kwargs`.
 
@@ -58,6 +59,7 @@ class PolyEncoder(TwoSidedEncoder):
         max_context_length: int | None = None,
         max_candidate_length: int | None = None,
         turn_separator: str | None = None,
+        max_turns: int | None = None,
         **kwargs: Any,
     ) -> None:
         options = {
@@ -68,6 +70,7 @@ class PolyEncoder(TwoSidedEncoder):
             "max_context_length": max_context_length,
             "max_candidate_length": max_candidate_length,
             "turn_separator": turn_separator,
+            "max_turns": max_turns,
         }
         given = {name: value for name, value in options.items() if value is not None}
         if given and model_name_or_path is None:
@@ -116,6 +119,10 @@ class PolyEncoder(TwoSidedEncoder):
     @property
     def turn_separator(self) -> str:
         return self[0].config.turn_separator
+
+    @property
+    def max_turns(self) -> int | None:
+        return self[0].config.max_turns
 
     def vector_shape(self, task: Task) -> tuple[int, ...]:
         vector = super().vector_shape(task)

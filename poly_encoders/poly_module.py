@@ -12,7 +12,7 @@ from poly_encoders.modeling import PolyEncoderConfig, PolyEncoderModel
 from poly_encoders.two_sided import ASK_FOR_A_SIDE, Task
 
 #: Options of a saved model that may be changed on loading; the others are what its weights were trained for.
-RUNTIME_OPTIONS = frozenset({"max_context_length", "max_candidate_length", "turn_separator"})
+RUNTIME_OPTIONS = frozenset({"max_context_length", "max_candidate_length", "turn_separator", "max_turns"})
 
 
 class PolyEncoderModule(InputModule):
@@ -59,7 +59,8 @@ class PolyEncoderModule(InputModule):
             TypeError: an input that is no text (no conversation, on the context side).
         """
         if task == "query":
-            texts, wanted = context_texts(inputs, self.config.turn_separator), self.config.max_context_length
+            texts = context_texts(inputs, self.config.turn_separator, self.config.max_turns)
+            wanted = self.config.max_context_length
             side: Literal["left", "right"] = "left"
             encoder = self.model.context_encoder
         elif task == "document":

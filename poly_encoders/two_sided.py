@@ -39,13 +39,18 @@ class TwoSidedEncoder(SentenceTransformer):
         """Text between the turns of a conversation."""
         raise NotImplementedError
 
+    @property
+    def max_turns(self) -> int | None:
+        """Turns kept of a conversation, its last; `None` for all."""
+        raise NotImplementedError
+
     def vector_shape(self, task: Task) -> tuple[int, ...]:
         """Shape of one text's vectors on this side."""
         return (self.get_embedding_dimension() or 0,)
 
     def context_texts(self, contexts: Any) -> list[str]:
         """A batch of contexts as the texts that the tokenizer sees."""
-        return context_texts(contexts, self.turn_separator)
+        return context_texts(contexts, self.turn_separator, self.max_turns)
 
     def encode(
         self,
@@ -160,7 +165,7 @@ class TwoSidedEncoder(SentenceTransformer):
         Raises:
             TypeError, ValueError: as `encode`.
         """
-        text, texts = ranking_inputs(context, candidates, self.turn_separator, top_k)
+        text, texts = ranking_inputs(self, context, candidates, top_k)
         if not texts:
             return []
         options: dict[str, Any] = {"batch_size": batch_size, "device": device, "convert_to_tensor": True}
@@ -197,11 +202,11 @@ def _normalised(vectors: Any) -> Any:
     return normalize(vectors, dim=-1)
 
 
-def ranking_inputs(context: Any, candidates: Any, separator: str, top_k: int | None) -> tuple[str, list[str]]:
-    """The checked texts of a ranking."""
+def ranking_inputs(model: Any, context: Any, candidates: Any, top_k: int | None) -> tuple[str, list[str]]:
+    """The checked texts of a ranking by `model`."""
     if top_k is not None and (not isinstance(top_k, int) or top_k < 0):
         raise ValueError(f"top_k must be a whole number of at least 0, or None for all, got {top_k!r}.")
-    return context_text(context, separator), candidate_texts(candidates)
+    return context_text(context, model.turn_separator, model.max_turns), candidate_texts(candidates)
 
 
 def ranking(scores: torch.Tensor, texts: list[str], top_k: int | None, return_documents: bool) -> list[Ranked]:

@@ -27,6 +27,7 @@ class ModelArguments:
     max_context_length: int | None = field(default=None, metadata={"help": "Tokens kept of a context, its last."})
     max_candidate_length: int | None = field(default=None, metadata={"help": "Tokens kept of a candidate, its first."})
     turn_separator: str | None = field(default=None, metadata={"help": "Text between the turns of a conversation."})
+    max_turns: int | None = field(default=None, metadata={"help": "Turns kept of a conversation, its last."})
     num_codes: int = field(default=64, metadata={"help": "m, the number of context vectors (poly)."})
     context_vectors: Literal["learnt_codes", "first_m", "last_m", "first_and_last_m"] = field(
         default="learnt_codes", metadata={"help": "Kind of context vectors (poly)."}

@@ -80,6 +80,7 @@ def build_model(options: ModelArguments) -> Any:
         "max_context_length": options.max_context_length,
         "max_candidate_length": options.max_candidate_length,
         "turn_separator": options.turn_separator,
+        "max_turns": options.max_turns,
     }
     if options.architecture == "cross-encoder":
         return CrossEncoder(path, **lengths)

@@ -1,0 +1,222 @@
+"""ParlAI checkpoints as models of this package: the same ids, vectors and scores, from plain text."""
+
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+from sentence_transformers.base.modules import Dense, Module, Router, Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling
+from torch import Tensor, nn
+from transformers import BertConfig, BertModel
+
+from poly_encoders.bi_encoder import BiEncoder
+from poly_encoders.cross_encoder import CrossEncoder
+from poly_encoders.modeling import PolyEncoderConfig, PolyEncoderModel
+from poly_encoders.parlai.files import read_files
+from poly_encoders.parlai.settings import Settings, interpret
+from poly_encoders.parlai.tokenizer import ParlAITokenizer, Vocabulary, build_tokenizer, dictionary_tokens, vocabulary
+from poly_encoders.parlai.weights import Weights, bert_config, bert_weights, take_encoder
+from poly_encoders.poly_encoder import PolyEncoder
+from poly_encoders.poly_module import PolyEncoderModule
+
+logger = logging.getLogger(__name__)
+
+# The encoders of each agent: the context's and the candidate's, or the one for both together.
+_PREFIXES = {
+    "poly": ("encoder_ctxt", "encoder_cand"),
+    "bi": ("context_encoder", "cand_encoder"),
+    "cross": ("encoder",),
+}
+
+
+class Parts(NamedTuple):
+    """A checkpoint taken apart."""
+
+    settings: Settings
+    weights: Weights  # what the encoders left
+    encoders: list[dict[str, Tensor]]  # ParlAI's names without prefixes; in the order of _PREFIXES
+    words: Vocabulary
+    tokenizer: ParlAITokenizer
+
+    def config(self, position: int) -> BertConfig:
+        """One encoder's configuration."""
+        return bert_config(self.encoders[position], self.words, self.settings)
+
+    def bert(self, position: int) -> BertModel:
+        """One encoder as a BertModel whose last hidden states carry `output_scaling`."""
+        model = BertModel(self.config(position))
+        # AutoModel builds BERT with its pooler, which nothing here reads: zeros, so that no weight is missing.
+        pooler = {name: torch.zeros_like(value) for name, value in model.state_dict().items() if "pooler." in name}
+        load(model, bert_weights(self.encoders[position], self.words, self.settings, scale_output=True) | pooler)
+        return model
+
+
+def convert_parlai_checkpoint(
+    model_file: str | os.PathLike[str], output_dir: str | os.PathLike[str]
+) -> PolyEncoder | BiEncoder | CrossEncoder:
+    """Convert a checkpoint of ParlAI's transformer/polyencoder, transformer/biencoder or transformer/crossencoder.
+
+    Args:
+        model_file: The file `model`, with `model.opt`, `model.dict` and `model.dict.codecs` beside it.
+        output_dir: The folder to write. It loads with `PolyEncoder(output_dir)` (or `BiEncoder`, `CrossEncoder`),
+            and ranks plain text as the original does, with no further setting.
+
+    Returns:
+        The converted model, in evaluation mode, on the CPU.
+
+    Raises:
+        FileNotFoundError: one of the four files is not there.
+        ValueError: a damaged or unsafe file, or a checkpoint that uses what has no counterpart here; nothing is written.
+    """
+    parts = take_apart(model_file)
+    build: dict[str, Callable[[Parts], PolyEncoder | BiEncoder | CrossEncoder]] = {
+        "poly": _poly_encoder,
+        "bi": _bi_encoder,
+        "cross": _cross_encoder,
+    }
+    model = build[parts.settings.kind](parts)
+    parts.weights.check_empty()
+    model.eval()
+    model.save_pretrained(str(output_dir))
+    return model
+
+
+def take_apart(model_file: str | os.PathLike[str]) -> Parts:
+    """Read a checkpoint; see `convert_parlai_checkpoint`."""
+    files = read_files(model_file)
+    settings = interpret(files.options)
+    weights = Weights(files.weights)
+    encoders = [take_encoder(weights, prefix) for prefix in _PREFIXES[settings.kind]]
+    rows = {len(encoder["embeddings.weight"]) for encoder in encoders}
+    if len(rows) > 1:
+        raise ValueError(f"The checkpoint's encoders embed {sorted(rows)} tokens; expected the same number in both.")
+    words = vocabulary(dictionary_tokens(settings, files.dictionary), files.merges, settings, rows.pop())
+    positions = min(len(encoder["position_embeddings.weight"]) for encoder in encoders)
+    return Parts(settings, weights, encoders, words, build_tokenizer(words, files.merges, settings, positions))
+
+
+def _poly_encoder(parts: Parts) -> PolyEncoder:
+    settings = parts.settings
+    config = PolyEncoderConfig(
+        context_encoder=parts.config(0),
+        candidate_encoder=parts.config(1),
+        context_vectors=settings.context_vectors,
+        num_codes=settings.num_codes,
+        candidate_vector=settings.reduction,
+        code_attention=settings.code_attention,
+        final_attention=settings.final_attention,
+        output_scaling=settings.output_scaling,
+        max_context_length=None if settings.text_truncate is None else settings.text_truncate + 2,
+        max_candidate_length=settings.label_truncate,
+        turn_separator=settings.turn_separator,
+        max_turns=settings.max_turns,
+    )
+    model = PolyEncoderModel(config)
+    state = {
+        f"{side}.{name}": tensor
+        for side, encoder in zip(("context_encoder", "candidate_encoder"), parts.encoders, strict=True)
+        for name, tensor in bert_weights(encoder, parts.words, settings).items()
+    }
+    if settings.context_vectors == "learnt_codes":
+        if parts.weights.names("codes"):
+            state["codes"] = parts.weights.take("codes")
+        else:
+            # As in ParlAI, where a checkpoint from pre-training has none and fine-tuning adds them.
+            logger.warning("The checkpoint is only pre-trained: it has no codes. They are new, so fine-tune the model.")
+            state["codes"] = model.codes.detach()
+    load(model, state)
+    return PolyEncoder(modules=[PolyEncoderModule(model, parts.tokenizer)], device="cpu")
+
+
+def _bi_encoder(parts: Parts) -> BiEncoder:
+    context, candidate = parts.encoders
+    for prefix, encoder in (("context_encoder", context), ("cand_encoder", candidate)):
+        short = {"context_encoder": "embeddings.weight", "cand_encoder": "cand_embeddings.weight"}[prefix]
+        parts.weights.drop_copy(short, encoder["embeddings.weight"])
+    for name, tensor in context.items():
+        parts.weights.drop_copy(f"memory_transformer.{name}", tensor)
+    settings = parts.settings
+    pooling = "mean" if settings.reduction == "mean" else "cls"
+    sides: dict[str, list[Module]] = {}
+    for position, side in enumerate(("query", "document")):
+        encoder = _transformer(parts, position)
+        sides[side] = [encoder, Pooling(encoder.get_embedding_dimension(), pooling)]
+    return BiEncoder(
+        modules=[Router(sides, allow_empty_key=False)],
+        max_context_length=None if settings.text_truncate is None else settings.text_truncate + 2,
+        max_candidate_length=settings.label_truncate,
+        turn_separator=settings.turn_separator,
+        max_turns=settings.max_turns,
+        device="cpu",
+    )
+
+
+def _cross_encoder(parts: Parts) -> CrossEncoder:
+    settings, encoder = parts.settings, _transformer(parts, 0)
+    width = encoder.get_embedding_dimension()
+    # ParlAI's head is one linear layer on the reduced output; the head of BertForSequenceClassification has a tanh.
+    head = Dense(width, 1, activation_function=nn.Identity(), module_output_name="scores")
+    load(head, {f"linear.{kind}": parts.weights.take(f"linear_layer.{kind}") for kind in ("weight", "bias")})
+    positions = parts.config(0).max_position_embeddings
+    context, candidate = _pair_limits(settings, positions)
+    return CrossEncoder(
+        modules=[encoder, Pooling(width, "mean" if settings.reduction == "mean" else "cls"), head],
+        max_context_length=context,
+        max_candidate_length=candidate,
+        turn_separator=settings.turn_separator,
+        max_turns=settings.max_turns,
+        device="cpu",
+    )
+
+
+def _pair_limits(settings: Settings, positions: int) -> tuple[int, int]:
+    """Tokens kept of a context and of a candidate in a pair, the four special tokens not counted.
+
+    Where ParlAI's limits together are more than the encoder has positions for, it fails on long texts; here the context
+    gives way.
+    """
+    room = positions - 4
+    # The candidate's limit counts its start token, and its end token, which a long one loses to its last token.
+    candidate = room // 4 if settings.label_truncate is None else max(1, settings.label_truncate - 1)
+    candidate = min(candidate, room - 1)
+    context = room - candidate if settings.text_truncate is None else settings.text_truncate
+    return min(context, room - candidate), candidate
+
+
+def _transformer(parts: Parts, position: int) -> Transformer:
+    """One encoder as sentence-transformers' module, which is made from a folder only."""
+    with tempfile.TemporaryDirectory() as folder:
+        parts.bert(position).save_pretrained(folder)
+        parts.tokenizer.save_pretrained(folder)
+        return Transformer(folder)
+
+
+def load(module: nn.Module, state: dict[str, Tensor]) -> None:
+    """Load a state dict that must fit `module` exactly.
+
+    Raises:
+        ValueError: a tensor is missing, superfluous, or of another shape.
+    """
+    own = module.state_dict()
+    wrong = sorted(own.keys() ^ state.keys()) or _other_shapes(own, state)
+    if wrong:
+        raise ValueError(
+            f"The checkpoint's weights do not fit together: {', '.join(wrong[:3])}{', ...' if len(wrong) > 3 else ''}. "
+            "Its model and model.opt do not belong together."
+        )
+    module.load_state_dict(state)
+
+
+def _other_shapes(own: dict[str, Tensor], state: dict[str, Tensor]) -> list[str]:
+    pairs: Iterable[tuple[str, Tensor]] = own.items()
+    return [
+        f"{name} is {tuple(state[name].shape)}, expected {tuple(tensor.shape)}"
+        for name, tensor in pairs
+        if tensor.shape != state[name].shape
+    ]
+
+
+__all__ = ["convert_parlai_checkpoint"]

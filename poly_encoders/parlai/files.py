@@ -1,0 +1,131 @@
+"""Reading the four files of a ParlAI checkpoint: `model`, `model.opt`, `model.dict` and `model.dict.codecs`.
+
+Nothing in them is trusted: weights are read as plain tensors (`weights_only=True`), options as JSON.
+"""
+
+import json
+import os
+import pickle
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_CODES_VERSION = "#version: 0.2"
+
+
+@dataclass(frozen=True)
+class ParlAIFiles:
+    """What a ParlAI checkpoint holds, as it was written."""
+
+    options: dict[str, Any]  # model.opt
+    weights: dict[str, Tensor]  # the state dict in `model`, of any floating-point dtype
+    dictionary: list[str]  # the tokens of model.dict, in the order of its lines
+    merges: list[tuple[str, str]]  # the byte-pair merges of model.dict.codecs, best first
+
+
+def read_files(model_file: str | os.PathLike[str]) -> ParlAIFiles:
+    """Read a checkpoint.
+
+    Args:
+        model_file: The file `model`, or the folder it is in; `model.opt`, `model.dict` and `model.dict.codecs` are
+            beside it.
+
+    Raises:
+        FileNotFoundError: one of the four is not there.
+        ValueError: one of them is damaged, in an unknown format, or asks to run code.
+    """
+    path = Path(model_file)
+    if path.is_dir():
+        path = path / "model"
+    beside = {suffix: path.with_name(path.name + suffix) for suffix in ("", ".opt", ".dict", ".dict.codecs")}
+    if missing := [file.name for file in beside.values() if not file.is_file()]:
+        names = ", ".join(file.name for file in beside.values())
+        raise FileNotFoundError(
+            f"{path.parent} has no {', '.join(missing)}. A ParlAI checkpoint is {names} in one folder: unpack the whole "
+            "download and name its model file."
+        )
+    options = read_options(beside[".opt"])
+    return ParlAIFiles(
+        options, read_weights(path), read_dictionary(beside[".dict"]), read_merges(beside[".dict.codecs"])
+    )
+
+
+def read_options(path: Path) -> dict[str, Any]:
+    """The options in `model.opt`.
+
+    Raises:
+        ValueError: it is no JSON object; very old versions pickled it.
+    """
+    try:
+        options = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{path} is not JSON ({error}). Very old versions of ParlAI pickled their options, and a pickle can run "
+            "code, so it is not opened here. Where you trust it, load and save the model once with a later ParlAI."
+        ) from error
+    if not isinstance(options, dict):
+        raise ValueError(f"{path} must hold an object of options, but holds a {type(options).__name__}.")
+    return options
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The state dict in `model`; the optimizer beside it is left in the file where the format allows.
+
+    Raises:
+        ValueError: the file is damaged, or a pickle of more than tensors and plain values.
+    """
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} is refused: it is no file of plain tensors. It is damaged, or a pickle that asks to run code "
+            f"when it is opened, which is never done here. torch says: {str(error).splitlines()[-1]}"
+        ) from error
+    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError, OSError) as error:
+        raise ValueError(f"{path} is truncated or corrupted ({error}). Download it again.") from error
+    weights = saved.get("model") if isinstance(saved, dict) else None
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        found = sorted(map(str, saved)) if isinstance(saved, dict) else type(saved).__name__
+        raise ValueError(
+            f"{path} holds no state dict under 'model', only {found}. Name a checkpoint that ParlAI saved."
+        )
+    return weights
+
+
+def read_dictionary(path: Path) -> list[str]:
+    r"""The tokens of `model.dict`: `token<TAB>count` lines, with `\n`, `\t` and `\r` written out."""
+    tokens = []
+    with path.open(encoding="utf-8", errors="ignore") as lines:
+        for line in lines:
+            token = line.strip().split("\t")[0]
+            tokens.append(token.replace("\\n", "\n").replace("\\t", "\t").replace("\\r", "\r"))
+    if not tokens:
+        raise ValueError(f"{path} holds no token. Download it again.")
+    return tokens
+
+
+def read_merges(path: Path) -> list[tuple[str, str]]:
+    """The merges of `model.dict.codecs`, in subword-nmt's format, each pair at its first rank.
+
+    Raises:
+        ValueError: another version of the format, or a line that is no pair.
+    """
+    version, *lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
+    if version.strip() != _CODES_VERSION:
+        raise ValueError(
+            f"{path} begins with {version[:40]!r}; expected {_CODES_VERSION!r}. Older codes end words otherwise: "
+            "save the dictionary anew with a later ParlAI."
+        )
+    merges: dict[tuple[str, str], None] = {}
+    for number, line in enumerate(lines, start=2):
+        pair = tuple(line.strip("\r\n ").split(" "))
+        if len(pair) != 2 or not all(pair):
+            raise ValueError(
+                f"Line {number} of {path} is {line[:60]!r}, which is no pair of symbols. Download it again."
+            )
+        merges.setdefault(pair)
+    return list(merges)

@@ -1,0 +1,211 @@
+"""ParlAI's way from text to ids as a fast tokenizer: lower-casing, words, subword-nmt's byte-pair codes, dictionary.
+
+The pieces of a word are merged by the `tokenizers` library. Three habits of ParlAI are beyond it:
+
+- Merging passes through pieces that the dictionary lacks, and a word that ends on one gets the unknown token. In a
+  `tokenizers` vocabulary every piece has an id of its own. Such pieces therefore get *aliases*, ids after the
+  dictionary's, which `ParlAITokenizer` turns into the ids that ParlAI gives. A model has a row of embeddings for each
+  alias too, equal to the row it stands for: a plain fast tokenizer of the same files, which is what transformers falls
+  back to where this package is not installed, leads to the same vectors.
+- A text that is too long is cut on the right after the special tokens are there, and so loses its end token.
+- An empty text is read like any other: its special tokens alone.
+"""
+
+from itertools import chain
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import BatchEncoding, PreTrainedTokenizerFast
+from transformers.tokenization_utils_base import TruncationStrategy
+from transformers.utils import PaddingStrategy
+
+from poly_encoders.parlai.settings import Settings
+
+END_OF_WORD = "</w>"  # subword-nmt's mark on the last piece of a word
+_MORE_OF_WORD = "@@"  # ParlAI's mark on every other piece
+
+# Python's `\w+|[^\w\s]`, which ParlAI splits by. Oniguruma's own \w counts combining marks as well, its \s leaves out
+# the four separators at the end.
+_WORD = r"[\p{L}\p{N}_]+|[^\p{L}\p{N}_\s\x1c-\x1f]"
+
+# Python's lower() writes the sigma at the end of a word as ς; Rust's, letter by letter, never does.
+_CASED, _IGNORABLE = r"[\p{Cased}&&[^\p{Case_Ignorable}]]", r"\p{Case_Ignorable}*"
+_FINAL_SIGMA = rf"{_CASED}{_IGNORABLE}\KΣ(?!{_IGNORABLE}{_CASED})"
+
+_SPECIAL_TOKENS = {"__NULL__", "__START__", "__END__", "__UNK__"}
+
+
+class ParlAITokenizer(PreTrainedTokenizerFast):
+    """A fast tokenizer that gives ParlAI's ids.
+
+    Registered with `AutoTokenizer` by importing this package. Its tokenizer_config.json names the aliases: `num_aliases`
+    ids from `first_alias` on stand for the unknown token, except those that `special_aliases` maps to another id.
+    """
+
+    #: Right truncation counts the special tokens in, and may cut the last one off.
+    cuts_special_tokens = True
+
+    def _encode_plus(self, text: Any, text_pair: Any = None, **options: Any) -> BatchEncoding:
+        text = _readable(text)
+        if not self._cuts_on_the_right(text_pair, options):
+            return self._without_aliases(super()._encode_plus(text, text_pair, **options))
+        limit = options["max_length"]
+        changed = {
+            **options,
+            "max_length": limit + self.num_special_tokens_to_add(),  # so much that no token up to `limit` is missing
+            "padding_strategy": PaddingStrategy.DO_NOT_PAD,
+            "return_tensors": None,
+        }
+        encoded = self._without_aliases(super()._encode_plus(text, text_pair, **changed))
+        if isinstance(text, str):
+            rows: dict[str, Any] = {name: value[:limit] for name, value in encoded.items()}
+        else:
+            rows = {name: [row[:limit] for row in value] for name, value in encoded.items()}
+        return self.pad(
+            BatchEncoding(rows),
+            padding=options.get("padding_strategy", PaddingStrategy.DO_NOT_PAD),
+            max_length=limit,
+            pad_to_multiple_of=options.get("pad_to_multiple_of"),
+            padding_side=options.get("padding_side"),
+            return_attention_mask=options.get("return_attention_mask"),
+            return_tensors=options.get("return_tensors"),
+            verbose=False,
+        )
+
+    def _cuts_on_the_right(self, text_pair: Any, options: dict[str, Any]) -> bool:
+        return (
+            text_pair is None
+            and self.truncation_side == "right"
+            and options.get("add_special_tokens", True)
+            and options.get("truncation_strategy", TruncationStrategy.DO_NOT_TRUNCATE)
+            != TruncationStrategy.DO_NOT_TRUNCATE
+            and options.get("max_length") is not None
+            and not options.get("return_overflowing_tokens", False)
+        )
+
+    def _without_aliases(self, encoded: BatchEncoding) -> BatchEncoding:
+        first, number = self.init_kwargs.get("first_alias", 0), self.init_kwargs.get("num_aliases", 0)
+        if number == 0:
+            return encoded
+        real = np.arange(max(len(self), first + number))
+        real[first : first + number] = self.unk_token_id
+        for alias, target in self.init_kwargs.get("special_aliases", {}).items():
+            real[int(alias)] = target
+        encoded["input_ids"] = _looked_up(encoded["input_ids"], real)
+        return encoded
+
+
+def _readable(text: Any) -> Any:
+    """`text` with a blank for every empty string, because `tokenizers` skips an empty text's special tokens."""
+    if isinstance(text, str):
+        return text or " "
+    return [item or " " if isinstance(item, str) else item for item in text]
+
+
+def _looked_up(ids: Any, table: np.ndarray) -> Any:
+    """`table[ids]` for ids in any of the containers that a tokenizer returns."""
+    if isinstance(ids, torch.Tensor):
+        return torch.from_numpy(table)[ids]
+    if isinstance(ids, np.ndarray):
+        return table[ids]
+    if ids and isinstance(ids[0], list):
+        return [table[row].tolist() for row in ids]
+    return table[ids].tolist() if ids else ids
+
+
+class Vocabulary(NamedTuple):
+    """A tokenizer's vocabulary: ParlAI's ids first, then the aliases."""
+
+    ids: dict[str, int]  # piece, as the `tokenizers` library writes it -> id
+    num_rows: int  # rows of embeddings in the checkpoint; aliases begin here
+    alias_targets: list[int]  # the id that each alias stands for
+
+
+def dictionary_tokens(settings: Settings, lines: list[str]) -> list[str]:
+    """ParlAI's tokens in the order of their ids: the special ones first, then the lines of model.dict, each once."""
+    lowered = settings.null_token == settings.null_token.lower()
+    special = [settings.null_token, settings.start_token, settings.end_token, settings.unk_token]
+    written = [token.lower() if lowered and token in _SPECIAL_TOKENS else token for token in lines]
+    return list(dict.fromkeys(chain(special, written)))
+
+
+def vocabulary(tokens: list[str], merges: list[tuple[str, str]], settings: Settings, num_rows: int) -> Vocabulary:
+    """The vocabulary for `num_rows` embeddings.
+
+    Rows beyond the dictionary are the padding tokens that half-precision training appends; no text leads to them.
+
+    Raises:
+        ValueError: the dictionary has more tokens than there are rows, or a piece that reads like a special token.
+    """
+    if len(tokens) > num_rows:
+        raise ValueError(
+            f"The dictionary has {len(tokens)} tokens, but the model embeds only {num_rows}: model.dict belongs to "
+            "another checkpoint. Put the right one beside the model."
+        )
+    special = {settings.null_token, settings.start_token, settings.end_token, settings.unk_token}
+    padding = [f"__fp16_pad_{i}__" for i in range(num_rows - len(tokens))]
+    names = [token if token in special else _piece(token) for token in tokens] + padding
+    ids = {name: position for position, name in enumerate(names)}
+    if len(ids) < len(names):
+        twice = next(name for position, name in enumerate(names) if ids[name] != position)
+        raise ValueError(f"Two tokens of the dictionary read {twice!r}, so they cannot be told apart.")
+    real = {_piece(token): position for position, token in enumerate(tokens)}  # as merging writes special tokens too
+    targets = []
+    for symbol in dict.fromkeys(chain(chain.from_iterable(merges), (left + right for left, right in merges))):
+        if symbol not in real:
+            targets.append(ids[settings.unk_token])
+        elif symbol not in ids:
+            targets.append(real[symbol])
+        else:
+            continue
+        if symbol in ids:
+            raise ValueError(f"The merges lead to {symbol!r} within a word, which reads like a special token.")
+        ids[symbol] = len(ids)
+    return Vocabulary(ids, num_rows, targets)
+
+
+def _piece(token: str) -> str:
+    """A token of the dictionary as subword-nmt writes it while it merges."""
+    return token.removesuffix(_MORE_OF_WORD) if token.endswith(_MORE_OF_WORD) else token + END_OF_WORD
+
+
+def build_tokenizer(
+    words: Vocabulary, merges: list[tuple[str, str]], settings: Settings, max_length: int
+) -> ParlAITokenizer:
+    """The tokenizer of a checkpoint; it reads at most `max_length` tokens, and cuts on the left."""
+    backend = Tokenizer(
+        models.BPE(vocab=words.ids, merges=merges, unk_token=settings.unk_token, end_of_word_suffix=END_OF_WORD)
+    )
+    lower = [normalizers.Replace(Regex(_FINAL_SIGMA), "ς"), normalizers.Lowercase()] if settings.lower else []
+    backend.normalizer = normalizers.Sequence([*lower, normalizers.Replace("\n", " __newln__ ")])
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(_WORD), behavior="removed", invert=True)
+    backend.decoder = decoders.BPEDecoder(suffix=END_OF_WORD)
+    start, end = settings.start_token, settings.end_token
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{start}:0 $A:0 {end}:0",
+        pair=f"{start}:0 $A:0 {end}:0 {start}:1 $B:1 {end}:1",
+        special_tokens=[(token, words.ids[token]) for token in dict.fromkeys([start, end])],
+    )
+    return ParlAITokenizer(
+        tokenizer_object=backend,
+        pad_token=settings.null_token,
+        unk_token=settings.unk_token,
+        bos_token=start,
+        eos_token=end,
+        # "__start__" in a text is a word like any other to ParlAI: merged, not recognised.
+        split_special_tokens=True,
+        model_max_length=max_length,
+        truncation_side="left",
+        padding_side="right",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+        first_alias=words.num_rows,
+        num_aliases=len(words.alias_targets),
+        special_aliases={
+            str(alias): target
+            for alias, target in enumerate(words.alias_targets, start=words.num_rows)
+            if target != words.ids[settings.unk_token]
+        },
+    )

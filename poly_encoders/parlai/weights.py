@@ -1,0 +1,157 @@
+"""ParlAI's weights as BERT's.
+
+A ParlAI encoder of the variant `xlm` is a post-norm BERT without a pooler: LN(word + position + segment), then layers of
+LN(x + attention(x)) and LN(x + ffn(x)). Every tensor keeps its values and its shape; the names differ, and so do
+LayerNorm's epsilon (1e-5) and, in front and behind, two factors (on the word embeddings and on the last output).
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from transformers import BertConfig
+
+from poly_encoders.parlai.settings import Settings
+from poly_encoders.parlai.tokenizer import Vocabulary
+
+# ParlAI's name -> transformers', within the embeddings and within a layer.
+_EMBEDDINGS = {
+    "embeddings.weight": "word_embeddings.weight",
+    "position_embeddings.weight": "position_embeddings.weight",
+    "norm_embeddings.weight": "LayerNorm.weight",
+    "norm_embeddings.bias": "LayerNorm.bias",
+}
+_LAYER = {
+    "attention.q_lin": "attention.self.query",
+    "attention.k_lin": "attention.self.key",
+    "attention.v_lin": "attention.self.value",
+    "attention.out_lin": "attention.output.dense",
+    "norm1": "attention.output.LayerNorm",
+    "ffn.lin1": "intermediate.dense",
+    "ffn.lin2": "output.dense",
+    "norm2": "output.LayerNorm",
+}
+
+
+class Weights:
+    """A state dict that is taken apart tensor by tensor, so that what nobody asked for is noticed at the end."""
+
+    def __init__(self, weights: dict[str, Tensor]) -> None:
+        self._left = dict(weights)
+
+    def take(self, name: str) -> Tensor:
+        """Remove and return a tensor, in float32.
+
+        Raises:
+            ValueError: it is not there, or holds NaN or infinity.
+        """
+        if name not in self._left:
+            raise ValueError(f"The checkpoint has no weight {name!r}. Its model and model.opt do not belong together.")
+        tensor = self._left.pop(name).to(torch.float32)
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(f"The checkpoint's weight {name!r} holds NaN or infinity. Take one of a better time.")
+        return tensor
+
+    def drop_copy(self, name: str, original: Tensor) -> None:
+        """Remove a tensor that ParlAI saves under a second name, if it is there.
+
+        Raises:
+            ValueError: it differs from `original`.
+        """
+        copy = self._left.pop(name, original)
+        if copy.shape != original.shape or not torch.equal(copy.to(torch.float32), original):
+            raise ValueError(
+                f"The checkpoint's weight {name!r} should be a second name of another tensor, but differs from it. "
+                "A Bi-encoder with memories of its own cannot be converted."
+            )
+
+    def names(self, prefix: str = "") -> list[str]:
+        """Names that begin with `prefix`, of what is left."""
+        return [name for name in self._left if name.startswith(prefix)]
+
+    def check_empty(self) -> None:
+        """Raise a ValueError that names what is left, if anything is."""
+        if names := sorted(self._left):
+            raise ValueError(
+                f"The checkpoint has weights that have no place here: {', '.join(names[:5])}"
+                f"{', ...' if len(names) > 5 else ''} ({len(names)} in all). It is not converted, because its scores "
+                "would be others without them."
+            )
+
+
+def take_encoder(weights: Weights, prefix: str) -> dict[str, Tensor]:
+    """Take one encoder's tensors, under ParlAI's names without the prefix.
+
+    Raises:
+        ValueError: one of them is missing.
+    """
+    num_layers = 1 + max(
+        (int(name.split(".")[2]) for name in weights.names(f"{prefix}.layers.")), default=-1
+    )  # prefix.layers.<number>. ...
+    names = list(_EMBEDDINGS)
+    if weights.names(f"{prefix}.segment_embeddings."):
+        names.append("segment_embeddings.weight")
+    names += [f"layers.{i}.{part}.{kind}" for i in range(num_layers) for part in _LAYER for kind in ("weight", "bias")]
+    return {name: weights.take(f"{prefix}.{name}") for name in names}
+
+
+def bert_config(encoder: dict[str, Tensor], words: Vocabulary, settings: Settings) -> BertConfig:
+    """The configuration of one encoder, as `take_encoder` gave it; its sizes are those of its tensors."""
+    width = encoder["embeddings.weight"].shape[1]
+    if "layers.0.ffn.lin1.weight" not in encoder:
+        raise ValueError("The checkpoint's encoder has no layers. Its model and model.opt do not belong together.")
+    if width % settings.num_heads:
+        raise ValueError(
+            f"The checkpoint is {width} wide, which does not divide into n_heads={settings.num_heads}. "
+            "Its model and model.opt do not belong together."
+        )
+    segments = encoder.get("segment_embeddings.weight")
+    return BertConfig(
+        vocab_size=len(words.ids),
+        hidden_size=width,
+        num_hidden_layers=sum(name.endswith("norm2.weight") for name in encoder),
+        num_attention_heads=settings.num_heads,
+        intermediate_size=encoder["layers.0.ffn.lin1.weight"].shape[0],
+        hidden_act=settings.activation,
+        max_position_embeddings=len(encoder["position_embeddings.weight"]),
+        type_vocab_size=1 if segments is None else len(segments),
+        layer_norm_eps=1e-5,  # BERT's own 1e-12 would move scores by 1e-4
+        hidden_dropout_prob=settings.dropout,
+        attention_probs_dropout_prob=settings.attention_dropout,
+        pad_token_id=words.ids[settings.null_token],
+    )
+
+
+def bert_weights(
+    encoder: dict[str, Tensor], words: Vocabulary, settings: Settings, *, scale_output: bool = False
+) -> dict[str, Tensor]:
+    """One encoder's state dict for a `BertModel` without a pooler.
+
+    Args:
+        encoder: What `take_encoder` gave.
+        words: The vocabulary; every alias gets a copy of the row it stands for.
+        settings: The checkpoint's.
+        scale_output: Multiply `output_scaling` into the last LayerNorm, for models that have no such factor.
+    """
+    width = encoder["embeddings.weight"].shape[1]
+    embeddings = {f"embeddings.{theirs}": encoder[ours] for ours, theirs in _EMBEDDINGS.items()}
+    rows = embeddings["embeddings.word_embeddings.weight"]
+    if settings.scale_embeddings:
+        rows = rows * math.sqrt(width)
+    embeddings["embeddings.word_embeddings.weight"] = torch.cat([rows, rows[words.alias_targets]])
+    # BERT always adds a segment; ParlAI as well, its first, wherever it has any.
+    embeddings["embeddings.token_type_embeddings.weight"] = encoder.get(
+        "segment_embeddings.weight", torch.zeros(1, width)
+    )
+    layers: dict[str, Tensor] = {}
+    for name, tensor in encoder.items():
+        if name.startswith("layers."):
+            _, number, part = name.split(".", 2)
+            part, kind = part.rsplit(".", 1)
+            layers[f"encoder.layer.{number}.{_LAYER[part]}.{kind}"] = tensor
+    if scale_output:
+        last = sum(name.endswith("norm2.weight") for name in encoder) - 1
+        for kind in ("weight", "bias"):
+            name = f"encoder.layer.{last}.output.LayerNorm.{kind}"
+            layers[name] = layers[name] * settings.output_scaling
+    return embeddings | layers
