@@ -25,8 +25,8 @@ from poly_encoders.evaluation import CandidateRankingEvaluator  # noqa: E402
 from poly_encoders.parlai import ParlAITokenizer  # noqa: E402
 from poly_encoders.poly_encoder import PolyEncoder  # noqa: E402
 
-# Any class that a tokenizer_config.json names is found once it is registered; the configuration beside it only says what
-# to load a Poly-encoder's tokenizer with where none is named, and there ours is a plain fast tokenizer.
+# What a tokenizer_config.json names is found once it is registered. The configuration beside it only says what loads a
+# Poly-encoder's tokenizer where none is named; without aliases ours is a plain fast tokenizer.
 AutoTokenizer.register(PolyEncoderConfig, tokenizer_class=ParlAITokenizer)
 
 __all__ = [

@@ -12,7 +12,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.evaluation import BaseEvaluator
 from tqdm.auto import tqdm
 
-from poly_encoders.conversations import candidate_texts, context_text
+from poly_encoders.conversations import TURN_SEPARATOR, candidate_texts, context_text
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ class CandidateRankingEvaluator(BaseEvaluator):
 
     R@k/C is the share of sets in which it is among the first k of C (Humeau et al., section 5); MRR the mean of
     1 / rank. A candidate that scores the same as the right one counts as ranked above it, so a model that cannot tell
-    them apart gains nothing by it.
+    them apart gains nothing by it; one with the right one's very text is no rival of it.
 
     Args:
         samples: `{"context": ..., "candidates": [...], "label": index}`, one for each set; the context in any form that
@@ -32,6 +32,7 @@ class CandidateRankingEvaluator(BaseEvaluator):
         batch_size: Texts (pairs, for a Cross-encoder) encoded at once.
         show_progress_bar: Show one bar per pass.
         write_csv: Append the results to a CSV file in the output folder.
+        shared_candidates: Further candidates that every set has, after its own.
 
     Returns, when called with a model:
         `{"recall@1": ..., "recall@5": ..., "mrr": ...}`, shares between 0 and 1, with `name` in front.
@@ -49,8 +50,10 @@ class CandidateRankingEvaluator(BaseEvaluator):
         batch_size: int = 64,
         show_progress_bar: bool = True,
         write_csv: bool = True,
+        shared_candidates: Sequence[str] = (),
     ) -> None:
         super().__init__()
+        self.shared_candidates = candidate_texts(shared_candidates)
         self.samples = [_checked(sample, position) for position, sample in enumerate(samples)]
         if not self.samples:
             raise ValueError("There are no samples to evaluate on. Check the file or the split that they come from.")
@@ -80,11 +83,17 @@ class CandidateRankingEvaluator(BaseEvaluator):
     def ranks(self, model: Any) -> np.ndarray:
         """Rank of the right candidate in each set, `(sets,)` int64, 1 for the best."""
         scores = self._scores_apart(model) if isinstance(model, SentenceTransformer) else self._scores_together(model)
+        shared: dict[str, list[int]] = {}
+        for position, text in enumerate(self.shared_candidates):
+            shared.setdefault(text, []).append(position)
         ranks = []
         for sample, row in zip(self.samples, scores, strict=True):
-            right = row[sample["label"]]
+            own, label = sample["candidates"], sample["label"]
+            again = [position for position, text in enumerate(own) if text == own[label] and position != label]
+            again += [len(own) + position for position in shared.get(own[label], [])]
+            rivals = np.delete(row, [label, *again])
             # Not `>=`: a NaN anywhere must count against the model, and compares as False.
-            ranks.append(len(row) - int((row < right).sum()))
+            ranks.append(1 + len(rivals) - int((rivals < row[label]).sum()))
         return np.array(ranks, dtype=np.int64)
 
     def _scores_apart(self, model: SentenceTransformer) -> Iterable[np.ndarray]:
@@ -95,9 +104,14 @@ class CandidateRankingEvaluator(BaseEvaluator):
         options["show_progress_bar"] = self.show_progress_bar
         contexts = model.encode_query([self._context(sample, model) for sample in self.samples], **options)
         candidates = model.encode_document(texts, **options)
-        for sample, context in zip(self.samples, contexts, strict=True):
-            own = candidates[[position[text] for text in sample["candidates"]]]
-            yield model.similarity(context[None], own)[0].float().cpu().numpy()
+        shared = model.encode_document(self.shared_candidates, **options) if self.shared_candidates else None
+        for first in range(0, len(self.samples), self.batch_size):
+            block = contexts[first : first + self.batch_size]
+            further = None if shared is None else model.similarity(block, shared)
+            for index, sample in enumerate(self.samples[first : first + self.batch_size]):
+                own = candidates[[position[text] for text in sample["candidates"]]]
+                row = model.similarity(block[index][None], own)[0]
+                yield (row if further is None else torch.cat([row, further[index]])).float().cpu().numpy()
 
     def _scores_together(self, model: Any) -> Iterable[np.ndarray]:
         """A Cross-encoder reads every pair; sets go in groups that fill whole batches."""
@@ -105,12 +119,16 @@ class CandidateRankingEvaluator(BaseEvaluator):
         group: list[dict[str, Any]] = []
         for position, sample in enumerate(self.samples):
             group.append(sample)
-            pairs = sum(len(member["candidates"]) for member in group)
-            if pairs < 16 * self.batch_size and position + 1 < len(self.samples):
+            sizes = [len(member["candidates"]) + len(self.shared_candidates) for member in group]
+            if sum(sizes) < 16 * self.batch_size and position + 1 < len(self.samples):
                 continue
-            flat = [(self._context(member, model), text) for member in group for text in member["candidates"]]
+            flat = [
+                (self._context(member, model), text)
+                for member in group
+                for text in [*member["candidates"], *self.shared_candidates]
+            ]
             scores = model.predict(flat, batch_size=self.batch_size, show_progress_bar=False, convert_to_tensor=True)
-            for part in torch.split(scores.float().cpu(), [len(member["candidates"]) for member in group]):
+            for part in torch.split(scores.float().cpu(), sizes):
                 yield part.numpy()
             bar.update(len(group))
             group = []
@@ -118,8 +136,8 @@ class CandidateRankingEvaluator(BaseEvaluator):
 
     @staticmethod
     def _context(sample: dict[str, Any], model: Any) -> str:
-        separator = getattr(model, "turn_separator", None)
-        return context_text(sample["context"]) if separator is None else context_text(sample["context"], separator)
+        separator = getattr(model, "turn_separator", TURN_SEPARATOR)  # upstream's models have no such thing
+        return context_text(sample["context"], separator, getattr(model, "max_turns", None))
 
     def _append_row(self, folder: Path, epoch: float, steps: int, results: dict[str, float]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -132,7 +150,7 @@ class CandidateRankingEvaluator(BaseEvaluator):
             writer.writerow([epoch, steps, *results.values()])
 
     def get_config_dict(self) -> dict[str, Any]:
-        return {"sets": len(self.samples), "at_k": self.at_k}
+        return {"sets": len(self.samples), "at_k": self.at_k, "shared_candidates": len(self.shared_candidates)}
 
 
 def _checked(sample: Mapping[str, Any], position: int) -> dict[str, Any]:

@@ -69,7 +69,8 @@ def convert_parlai_checkpoint(
 
     Raises:
         FileNotFoundError: one of the four files is not there.
-        ValueError: a damaged or unsafe file, or a checkpoint that uses what has no counterpart here; nothing is written.
+        ValueError: a damaged or unsafe file, or a checkpoint that uses what has no counterpart here; then nothing is
+            written.
     """
     parts = take_apart(model_file)
     build: dict[str, Callable[[Parts], PolyEncoder | BiEncoder | CrossEncoder]] = {

@@ -45,8 +45,8 @@ def read_files(model_file: str | os.PathLike[str]) -> ParlAIFiles:
     if missing := [file.name for file in beside.values() if not file.is_file()]:
         names = ", ".join(file.name for file in beside.values())
         raise FileNotFoundError(
-            f"{path.parent} has no {', '.join(missing)}. A ParlAI checkpoint is {names} in one folder: unpack the whole "
-            "download and name its model file."
+            f"{path.parent} has no {', '.join(missing)}. A ParlAI checkpoint is {names} in one folder: unpack all of "
+            "the download and name its model file."
         )
     options = read_options(beside[".opt"])
     return ParlAIFiles(

@@ -40,7 +40,7 @@ _SPECIAL_TOKENS = {"__NULL__", "__START__", "__END__", "__UNK__"}
 class ParlAITokenizer(PreTrainedTokenizerFast):
     """A fast tokenizer that gives ParlAI's ids.
 
-    Registered with `AutoTokenizer` by importing this package. Its tokenizer_config.json names the aliases: `num_aliases`
+    Importing this package registers it with `AutoTokenizer`. Its tokenizer_config.json names the aliases: `num_aliases`
     ids from `first_alias` on stand for the unknown token, except those that `special_aliases` maps to another id.
     """
 

@@ -1,7 +1,7 @@
 """ParlAI's weights as BERT's.
 
-A ParlAI encoder of the variant `xlm` is a post-norm BERT without a pooler: LN(word + position + segment), then layers of
-LN(x + attention(x)) and LN(x + ffn(x)). Every tensor keeps its values and its shape; the names differ, and so do
+A ParlAI encoder of the variant `xlm` is a post-norm BERT without a pooler: LN(word + position + segment), then layers
+of LN(x + attention(x)) and LN(x + ffn(x)). Every tensor keeps its values and its shape; the names differ, and so do
 LayerNorm's epsilon (1e-5) and, in front and behind, two factors (on the word embeddings and on the last output).
 """
 

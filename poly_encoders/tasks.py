@@ -1,0 +1,220 @@
+"""The paper's four ranking tasks, read from the files that their authors publish (Humeau et al., section 5).
+
+| task | candidates | files |
+| --- | --- | --- |
+| ConvAI2 (Dinan et al., 2019) | 20 | valid_self_original.txt |
+| DSTC7 track 1, Ubuntu (Yoshino et al., 2019) | 100 | ubuntu_test_subtask_1.json, ubuntu_responses_subtask_1.tsv |
+| Ubuntu V2 (Lowe et al., 2015) | 10 | test.csv |
+| Wikipedia article search (Wu et al., 2018) | 10,001 | wikipedia_test10k.txt, wikipedia_test_basedocs.txt |
+
+Texts are put together as the original implementation does, so that a model it trained reads what it was trained on.
+"""
+
+import csv
+import json
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+Sample = dict[str, Any]  # {"context": ..., "candidates": [...], "label": index}
+
+
+@dataclass
+class RankingSets:
+    """The ranking sets of a task."""
+
+    samples: list[Sample]
+    shared_candidates: list[str] = field(default_factory=list)  # further candidates of every set
+
+
+@dataclass(frozen=True)
+class RankingTask:
+    """One of the tasks: what to give it, and what the paper reports."""
+
+    title: str
+    num_candidates: int  # C of R@k/C
+    at_k: tuple[int, ...]
+    files: tuple[str, ...]  # names as published, in the order of `read`'s arguments; in brackets what may be left out
+    read: Callable[..., RankingSets]
+
+
+def read_task(name: str, files: Sequence[Path], max_examples: int | None = None) -> RankingSets:
+    """Read a task's files.
+
+    Args:
+        name: A key of `TASKS`.
+        files: Paths in the order of the task's `files`.
+        max_examples: How many examples to keep, the first ones; all when left out.
+
+    Raises:
+        ValueError: an unknown task, another number of files, or files of another format.
+        OSError: a file cannot be read.
+    """
+    if name not in TASKS:
+        raise ValueError(f"There is no task {name!r}; choose one of {', '.join(TASKS)}.")
+    task = TASKS[name]
+    needed = sum(not file.startswith("[") for file in task.files)
+    if not needed <= len(files) <= len(task.files):
+        raise ValueError(f"{task.title} is read from {' '.join(task.files)}, but {len(files)} files were given.")
+    sets = task.read(*files)
+    if not sets.samples:
+        raise ValueError(f"{files[0]} holds no example of {task.title}. Check that it is {task.files[0]}.")
+    return RankingSets(sets.samples[:max_examples], sets.shared_candidates)
+
+
+def read_convai2(path: Path) -> RankingSets:
+    """Conversations in ParlAI's older text format, each line `number text<TAB>reply<TAB><TAB>candidate|candidate|...`.
+
+    Lines without a reply (the persona) belong to the turn that follows. Number 1 begins a conversation.
+    """
+    samples: list[Sample] = []
+    turns: list[str] = []
+    pending: list[str] = []
+    last_number = 0
+    for position, line in _lines(path):
+        number, _, rest = line.strip().replace("\\n", "\n").partition(" ")
+        if not number.isdecimal():
+            raise _wrong(path, position, "a line that begins with its number", line)
+        if int(number) <= last_number:
+            turns, pending = [], []
+        last_number = int(number)
+        fields = [part.strip() for part in rest.split("\t")]
+        pending.append(fields[0])
+        if len(fields) < 2 or not fields[1]:
+            continue
+        if len(fields) < 4:
+            raise _wrong(path, position, "candidates in the fourth column (the file without 'no_cands')", line)
+        turns = [*turns, "\n".join(text for text in pending if text)]
+        reply = fields[1].split("|")[0]
+        samples.append(_sample(turns, fields[3].split("|"), reply, path, position))
+        turns, pending = [*turns, reply], []
+    return RankingSets(samples)
+
+
+def read_dstc7(path: Path, answers: Path | None = None) -> RankingSets:
+    """Track 1, subtask 1: JSON with `messages-so-far` and `options-for-next`.
+
+    The test set's right answers are a file of their own; the development set's are in the JSON.
+    """
+    replies: dict[str, str] = {}
+    if answers is not None:
+        for position, line in _lines(answers):
+            fields = line.split("\t")
+            if len(fields) < 3:
+                raise _wrong(answers, position, "example id, candidate id and reply between tabs", line)
+            replies[fields[0]] = fields[2]
+    samples = []
+    for position, example in enumerate(_json(path)):
+        try:
+            said = [
+                (message["speaker"].replace("_", " "), message["utterance"]) for message in example["messages-so-far"]
+            ]
+            options = [option["utterance"] for option in example["options-for-next"]]
+            own = [option["utterance"] for option in example.get("options-for-correct-answers", [])]
+            right = own[0] if own else replies[str(example["example-id"])]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"Example {position} of {path} lacks {error}. Expected DSTC7's subtask 1; its test set needs the "
+                "answers as a second file, ubuntu_responses_subtask_1.tsv."
+            ) from error
+        context = "".join(f"{speaker}: {utterance}\n" for speaker, utterance in said)
+        if right not in options:
+            options = [right, *options]
+        samples.append({"context": context, "candidates": options, "label": options.index(right)})
+    return RankingSets(samples)
+
+
+def read_ubuntu_v2(path: Path) -> RankingSets:
+    """CSV with a context, the reply to it and nine distractors; `__eou__` ends an utterance, `__eot__` a turn."""
+    samples = []
+    with path.open(newline="", encoding="utf-8") as stream:
+        rows = csv.reader(stream)
+        next(rows, None)  # the header
+        for position, row in enumerate(rows, start=2):
+            fields = [text.replace("__eou__", ".").replace("__eot__", "\n").strip() for text in row]
+            if len(fields) < 4:
+                raise _wrong(path, position, "a context, a reply and distractors (valid.csv or test.csv)", str(row))
+            samples.append({"context": fields[0], "candidates": fields[1:], "label": 0})
+    return RankingSets(samples)
+
+
+def read_wikipedia(path: Path, documents: Path) -> RankingSets:
+    """Articles, a line each, with tabs between their sentences: one sentence is the query, the rest its article.
+
+    Which sentence is drawn by a generator seeded with the line's number, where StarSpace draws anew in every run.
+    """
+    samples = []
+    for position, line in _lines(path):
+        sentences = [text.strip() for text in line.split("\t") if text.strip()]
+        if len(sentences) < 2:
+            raise _wrong(path, position, "an article of two sentences or more, with tabs between them", line)
+        query = random.Random(position).randrange(len(sentences))
+        article = " ".join(sentences[:query] + sentences[query + 1 :])
+        samples.append({"context": sentences[query], "candidates": [article], "label": 0})
+    shared = [" ".join(line.split("\t")).strip() for _, line in _lines(documents)]
+    return RankingSets(samples, shared)
+
+
+def read_json_lines(path: Path) -> RankingSets:
+    """Ranking sets of one's own, a JSON object a line: `{"context": ..., "candidates": [...], "label": index}`."""
+    samples = []
+    for position, line in _lines(path):
+        try:
+            sample = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise _wrong(path, position, "a JSON object", line) from error
+        if not isinstance(sample, dict):
+            raise _wrong(path, position, "a JSON object", line)
+        samples.append(sample)
+    return RankingSets(samples)
+
+
+TASKS = {
+    "convai2": RankingTask("ConvAI2", 20, (1,), ("valid_self_original.txt",), read_convai2),
+    "dstc7": RankingTask(
+        "DSTC7 track 1",
+        100,
+        (1,),
+        ("ubuntu_test_subtask_1.json", "[ubuntu_responses_subtask_1.tsv]"),
+        read_dstc7,
+    ),
+    "ubuntu-v2": RankingTask("Ubuntu V2", 10, (1, 2, 5), ("test.csv",), read_ubuntu_v2),
+    "wikipedia": RankingTask(
+        "Wikipedia article search",
+        10_001,
+        (1,),
+        ("wikipedia_test10k.txt", "wikipedia_test_basedocs.txt"),
+        read_wikipedia,
+    ),
+    "jsonl": RankingTask("your own ranking sets", 0, (1, 2, 5, 10), ("sets.jsonl",), read_json_lines),
+}
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines of a text file that are not blank, without their ends, and their numbers from 1."""
+    with path.open(encoding="utf-8") as stream:
+        for number, line in enumerate(stream, start=1):
+            if line.strip():
+                yield number, line.rstrip("\r\n")
+
+
+def _json(path: Path) -> list[Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON ({error}). Download it again.") from error
+    if not isinstance(content, list):
+        raise ValueError(f"{path} must hold a list of examples, but holds a {type(content).__name__}.")
+    return content
+
+
+def _sample(turns: list[str], candidates: list[str], reply: str, path: Path, position: int) -> Sample:
+    if reply not in candidates:
+        raise ValueError(f"Line {position} of {path} does not have its reply among its candidates: {reply[:80]!r}.")
+    return {"context": list(turns), "candidates": candidates, "label": candidates.index(reply)}
+
+
+def _wrong(path: Path, position: int, expected: str, line: str) -> ValueError:
+    return ValueError(f"Line {position} of {path} should be {expected}, but is {line[:80]!r}.")

@@ -1,0 +1,200 @@
+"""What cannot be converted is refused by name, and leaves nothing behind."""
+
+import json
+import os
+
+import pytest
+import torch
+
+from parlai_original import write_checkpoint
+from poly_encoders.parlai import convert_parlai_checkpoint
+
+
+def refuse(model_file, output, match, error=ValueError):
+    with pytest.raises(error, match=match):
+        convert_parlai_checkpoint(model_file, output)
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "option", "value"),
+    [
+        ("poly", "codes_attention_type", "multihead"),
+        ("poly", "poly_attention_type", "multihead"),
+        ("poly", "polyencoder_type", "something_new"),
+        ("poly", "polyencoder_attention_keys", "position"),
+        ("poly", "polyencoder_image_encoder_num_layers", 1),
+        ("poly", "variant", "aiayn"),
+        ("poly", "variant", "prelayernorm"),
+        ("poly", "variant", "bart"),
+        ("poly", "activation", "swish"),
+        ("poly", "reduction_type", "max"),
+        ("poly", "dict_tokenizer", "re"),
+        ("poly", "dict_tokenizer", "bytelevelbpe"),
+        ("poly", "history_reversed", True),
+        ("poly", "person_tokens", True),
+        ("poly", "split_lines", True),
+        ("poly", "add_p1_after_newln", True),
+        ("poly", "history_add_global_end_token", "end"),
+        ("poly", "special_tok_lst", "__a__,__b__"),
+        ("bi", "share_encoders", True),
+        ("bi", "use_memories", True),
+        ("bi", "wrap_memory_encoder", True),
+        ("bi", "normalize_sent_emb", True),
+        ("cross", "variant", "prelayernorm"),
+    ],
+)
+def test_options_without_a_counterpart(kind, option, value, tmp_path):
+    model_file = write_checkpoint(tmp_path / "parlai", kind)
+    file = tmp_path / "parlai" / "model.opt"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {option: value}))
+    refuse(model_file, tmp_path / "out", f"{option}={value!r}")
+
+
+def test_every_problem_is_named_at_once(tmp_path):
+    model_file = write_checkpoint(tmp_path / "parlai", variant="aiayn", person_tokens=True)
+    refuse(model_file, tmp_path / "out", "(?s)variant='aiayn'.*person_tokens=True")
+
+
+@pytest.mark.parametrize(
+    "agent",
+    [
+        "transformer/ranker",
+        "transformer/generator",
+        "bert_ranker/poly_encoder",
+        "transformer/polyencoder:MyAgent",
+        None,
+    ],
+)
+def test_other_agents(agent, tmp_path):
+    model_file = write_checkpoint(tmp_path / "parlai", model=agent)
+    refuse(model_file, tmp_path / "out", "transformer/polyencoder, transformer/biencoder and transformer/crossencoder")
+
+
+@pytest.mark.parametrize(
+    "agent", ["transformer/polyencoder:PolyencoderAgent", "parlai.agents.transformer.polyencoder:PolyencoderAgent"]
+)
+def test_agents_may_be_named_by_their_class(agent, tmp_path):
+    convert_parlai_checkpoint(write_checkpoint(tmp_path / "parlai", model=agent), tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.parametrize("option", ["variant", "n_heads", "output_scaling", "poly_n_codes", "dict_lower"])
+def test_a_missing_option_is_not_guessed(option, tmp_path):
+    model_file = write_checkpoint(tmp_path / "parlai")
+    file = tmp_path / "parlai" / "model.opt"
+    options = json.loads(file.read_text())
+    del options[option]
+    file.write_text(json.dumps(options))
+    refuse(model_file, tmp_path / "out", option)
+
+
+class Exploit:
+    def __reduce__(self):
+        return os.mkdir, ("exploited",)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_that_wants_code_is_refused(zipped, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model_file = write_checkpoint(tmp_path / "parlai")
+    saved = torch.load(model_file, weights_only=True)
+    torch.save(saved | {"more": Exploit()}, model_file, _use_new_zipfile_serialization=zipped)
+    refuse(model_file, tmp_path / "out", "refused.*asks to run code")
+    assert not (tmp_path / "exploited").exists()
+
+
+def test_pickled_options_are_refused(tmp_path):
+    model_file = write_checkpoint(tmp_path / "parlai")
+    (tmp_path / "parlai" / "model.opt").write_bytes(
+        b"\x80\x04\x95\x0b\x00\x00\x00\x00\x00\x00\x00}\x94\x8c\x01a\x94K\x01s."
+    )
+    refuse(model_file, tmp_path / "out", "a pickle can run code")
+
+
+@pytest.mark.parametrize("suffix", ["", ".opt", ".dict", ".dict.codecs"])
+def test_a_missing_file_is_named(suffix, tmp_path):
+    model_file = write_checkpoint(tmp_path / "parlai")
+    (tmp_path / "parlai" / f"model{suffix}").unlink()
+    refuse(model_file, tmp_path / "out", rf"has no model{suffix}\. ", FileNotFoundError)
+
+
+@pytest.mark.parametrize("keep", [0, 10, 5_000])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_truncated_model_file(keep, zipped, tmp_path):
+    model_file = write_checkpoint(tmp_path / "parlai")
+    saved = torch.load(model_file, weights_only=True)
+    torch.save(saved, model_file, _use_new_zipfile_serialization=zipped)
+    model_file.write_bytes(model_file.read_bytes()[:keep])
+    refuse(model_file, tmp_path / "out", "truncated or corrupted|damaged")
+
+
+@pytest.mark.parametrize(
+    ("suffix", "content", "match"),
+    [
+        (".opt", "[]", "object of options"),
+        (".opt", "{", "not JSON"),
+        (".dict", "", "no token"),
+        (".dict.codecs", "t h\n", "version"),
+        (".dict.codecs", "#version: 0.1\nt h\n", "version"),
+        (".dict.codecs", "#version: 0.2\nt h e\n", "Line 2"),
+    ],
+)
+def test_a_damaged_file(suffix, content, match, tmp_path):
+    model_file = write_checkpoint(tmp_path / "parlai")
+    (tmp_path / "parlai" / f"model{suffix}").write_text(content)
+    refuse(model_file, tmp_path / "out", match)
+
+
+def changed_weights(model_file, change):
+    saved = torch.load(model_file, weights_only=True)
+    change(saved["model"])
+    torch.save(saved, model_file)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "match"),
+    [
+        ("poly", lambda w: w.pop("encoder_cand.layers.1.ffn.lin1.bias"), "no weight 'encoder_cand.layers.1.ffn.lin1"),
+        ("poly", lambda w: w.update({"code_attention.q_lin.weight": torch.ones(2)}), "code_attention.q_lin.weight"),
+        ("poly", lambda w: w.update({"codes": torch.zeros(4, 32)}), r"codes is \(4, 32\), expected \(8, 32\)"),
+        ("poly", lambda w: w["codes"].fill_(float("nan")), "'codes' holds NaN"),
+        ("bi", lambda w: w.update({"memory_transformer.norm_embeddings.bias": torch.ones(32)}), "memory_transformer"),
+        ("bi", lambda w: w.update({"cand_encoder.mlp.0.weight": torch.ones(2)}), "cand_encoder.mlp.0.weight"),
+        (
+            "bi",
+            lambda w: w.update({"embeddings.weight": torch.ones(116, 32)}),
+            "'embeddings.weight' should be a second",
+        ),
+        ("cross", lambda w: w.pop("linear_layer.bias"), "no weight 'linear_layer.bias'"),
+    ],
+)
+def test_weights_that_do_not_belong(kind, change, match, tmp_path):
+    model_file = write_checkpoint(tmp_path / "parlai", kind)
+    changed_weights(model_file, change)
+    refuse(model_file, tmp_path / "out", match)
+
+
+def test_a_file_of_something_else(tmp_path):
+    model_file = write_checkpoint(tmp_path / "parlai")
+    torch.save({"weights": torch.ones(2)}, model_file)
+    refuse(model_file, tmp_path / "out", "no state dict under 'model'")
+
+
+def test_the_dictionary_of_another_model(tmp_path):
+    model_file = write_checkpoint(tmp_path / "parlai", rows=100)
+    refuse(model_file, tmp_path / "out", "116 tokens, but the model embeds only 100")
+
+
+def test_a_refusal_leaves_the_last_good_conversion(tmp_path):
+    convert_parlai_checkpoint(write_checkpoint(tmp_path / "good"), tmp_path / "out")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir() if file.is_file()}
+    with pytest.raises(ValueError, match="variant"):
+        convert_parlai_checkpoint(write_checkpoint(tmp_path / "bad", variant="aiayn"), tmp_path / "out")
+    assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir() if file.is_file()} == before
+
+
+def test_harmless_options_are_mentioned(tmp_path, caplog):
+    convert_parlai_checkpoint(write_checkpoint(tmp_path / "p", relu_dropout=0.1, use_reply="none"), tmp_path / "out")
+    assert "relu_dropout" in caplog.text
+    assert "use_reply" in caplog.text

@@ -1,0 +1,131 @@
+"""Checkpoints of every kind that can be converted rank as the original's plain restatement says."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from parlai_original import Original, sample_text, write_checkpoint
+from poly_encoders import BiEncoder, CrossEncoder, PolyEncoder
+from poly_encoders.loading import load_model
+from poly_encoders.parlai import convert_parlai_checkpoint
+
+CLASSES = {"poly": PolyEncoder, "bi": BiEncoder, "cross": CrossEncoder}
+
+SIZES = {"embedding_size": 24, "ffn_size": 40, "n_layers": 3, "n_heads": 3, "n_positions": 50}
+VARIANTS = {
+    "one code": ("poly", {"poly_n_codes": 1}),
+    "first-m vectors": ("poly", {"polyencoder_type": "n_first", "poly_n_codes": 5}),
+    "first-m vectors, more than tokens": ("poly", {"polyencoder_type": "n_first", "poly_n_codes": 100}),
+    "first-m vectors, unread code attention": (
+        "poly",
+        {"polyencoder_type": "n_first", "poly_n_codes": 3, "codes_attention_type": "multihead"},
+    ),
+    "sqrt code attention": ("poly", {"codes_attention_type": "sqrt"}),
+    "sqrt final attention": ("poly", {"poly_attention_type": "sqrt"}),
+    "sqrt attention, first-m": (
+        "poly",
+        {"poly_attention_type": "sqrt", "polyencoder_type": "n_first", "poly_n_codes": 4},
+    ),
+    "first output of the candidate": ("poly", {"reduction_type": "first"}),
+    "other sizes": ("poly", SIZES | {"poly_n_codes": 3}),
+    "one layer, one head": ("poly", {"n_layers": 1, "n_heads": 1}),
+    "relu": ("poly", {"activation": "relu"}),
+    "scaled embeddings": ("poly", {"embeddings_scale": True}),
+    "no output scaling": ("poly", {"output_scaling": 1.0}),
+    "three turns": ("poly", {"history_size": 3}),
+    "all turns": ("poly", {"history_size": -1}),
+    "no truncation": ("poly", {"text_truncate": -1, "label_truncate": -1, "n_positions": 2000}),
+    "short truncation": ("poly", {"text_truncate": 3, "label_truncate": 3}),
+    "truncation by the common option": ("poly", {"text_truncate": None, "label_truncate": None, "truncate": 12}),
+    "a word as delimiter": ("poly", {"delimiter": "and"}),
+    "case kept": ("poly", {"dict_lower": False}),
+    "padding rows of half precision": ("poly", {"rows": 120, "fp16": True}),
+    "bi, first output": ("bi", {"reduction_type": "first"}),
+    "bi, shared word embeddings": ("bi", {"share_word_embeddings": True}),
+    "bi, no segments": ("bi", {"n_segments": 0}),
+    "bi, other sizes": ("bi", SIZES),
+    "bi, scaled embeddings": ("bi", {"embeddings_scale": True}),
+    "bi, four turns": ("bi", {"history_size": 4, "delimiter": " | "}),
+    "cross, mean": ("cross", {"reduction_type": "mean"}),
+    "cross, other sizes": ("cross", SIZES | {"text_truncate": 20, "label_truncate": 8}),
+    "cross, short truncation": ("cross", {"text_truncate": 3, "label_truncate": 3}),
+    "cross, two turns": ("cross", {"history_size": 2}),
+    "cross, class named too": ("cross", {"model": "transformer/crossencoder:CrossencoderAgent"}),
+}
+
+
+def conversations() -> list[tuple[list[str], list[str]]]:
+    """Contexts of one turn and of many, short ones and long ones, each with its candidates."""
+    rng = random.Random(0)
+    sizes = [(1, 1), (1, 3), (2, 2), (7, 2), (24, 3)]
+    return [
+        ([sample_text(rng, 12) for _ in range(turns)], [sample_text(rng, 12) for _ in range(candidates)])
+        for turns, candidates in sizes
+    ]
+
+
+def assert_ranks_as(model, original: Original) -> None:
+    for turns, candidates in conversations():
+        scores = {entry["corpus_id"]: entry["score"] for entry in model.rank(turns, candidates)}
+        expected = [original.score(turns, candidate) for candidate in candidates]
+        np.testing.assert_allclose([scores[i] for i in range(len(candidates))], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_converted_model_ranks_as_the_original(name, tmp_path):
+    kind, options = VARIANTS[name]
+    model_file = write_checkpoint(tmp_path / "parlai", kind, **options)
+    converted = convert_parlai_checkpoint(model_file, tmp_path / "converted")
+    assert type(converted) is CLASSES[kind]
+    assert not converted.training
+    assert_ranks_as(load_model(str(tmp_path / "converted"), device="cpu"), Original(tmp_path / "parlai"))
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_half_precision_weights(kind, tmp_path):
+    """The released models hold float16; the numbers are those of the same weights in float32."""
+    model_file = write_checkpoint(tmp_path / "parlai", kind, dtype=torch.float16, fp16=True)
+    convert_parlai_checkpoint(model_file, tmp_path / "converted")
+    model = load_model(str(tmp_path / "converted"), device="cpu")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert_ranks_as(model, Original(tmp_path / "parlai"))
+
+
+def test_the_legacy_file_format(tmp_path):
+    model_file = write_checkpoint(tmp_path / "parlai")
+    saved = torch.load(model_file, weights_only=True)
+    torch.save(saved, model_file, _use_new_zipfile_serialization=False)
+    convert_parlai_checkpoint(model_file, tmp_path / "converted")
+    assert_ranks_as(PolyEncoder(str(tmp_path / "converted"), device="cpu"), Original(tmp_path / "parlai"))
+
+
+def test_the_folder_instead_of_the_file(tmp_path):
+    write_checkpoint(tmp_path / "parlai")
+    convert_parlai_checkpoint(tmp_path / "parlai", tmp_path / "converted")
+    assert_ranks_as(PolyEncoder(str(tmp_path / "converted"), device="cpu"), Original(tmp_path / "parlai"))
+
+
+def test_a_pre_trained_checkpoint_gets_new_codes_and_says_so(tmp_path, caplog):
+    model_file = write_checkpoint(tmp_path / "parlai")
+    saved = torch.load(model_file, weights_only=True)
+    del saved["model"]["codes"]
+    torch.save(saved, model_file)
+    model = convert_parlai_checkpoint(model_file, tmp_path / "converted")
+    assert "fine-tune" in caplog.text
+    assert model[0].model.codes.shape == (8, 32)
+    assert 0 < model[0].model.codes.std() < 1
+    expected = Original(tmp_path / "parlai").hidden("encoder_cand", [1, 5, 1]).mean(dim=0)
+    vectors = model[0].model.get_candidate_features(torch.tensor([[1, 5, 1]]))
+    torch.testing.assert_close(vectors[0].double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_pair_that_has_no_positions_is_cut_on_the_context(tmp_path):
+    """The original fails on a context this long; what fits scores as there."""
+    model_file = write_checkpoint(tmp_path / "parlai", "cross", text_truncate=1024, label_truncate=20)
+    model = convert_parlai_checkpoint(model_file, tmp_path / "converted")
+    assert model.length_limits() == (64 - 4 - 19, 19)
+    original = Original(tmp_path / "parlai")
+    assert model.rank(["hi"], ["no"])[0]["score"] == pytest.approx(original.score(["hi"], "no"), abs=1e-5)
+    assert len(model.rank(["tea " * 200], ["no " * 200])) == 1
