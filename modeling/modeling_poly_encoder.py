@@ -356,7 +356,8 @@ class PolyEncoderModel(PreTrainedModel):
             codes = (self.codes * self._attention_scale(self.config.code_attention)).to(hidden.dtype)
             logits = torch.einsum("md,bld->bml", codes, hidden)
             logits = logits.masked_fill(attention_mask[:, None] == 0, torch.finfo(logits.dtype).min)
-            weights = logits.softmax(dim=-1, dtype=torch.float32).to(hidden.dtype)  # (batch, m, length)
+            precise = torch.promote_types(logits.dtype, torch.float32)
+            weights = logits.softmax(dim=-1, dtype=precise).to(hidden.dtype)  # (batch, m, length)
             return torch.einsum("bml,bld->bmd", weights, hidden).to(hidden.dtype)
         if kind == "first_m":
             return _take_tokens(hidden, attention_mask, m)

@@ -37,7 +37,7 @@ def test_contents(wheel):
     assert templates <= names
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"poly_encoders"}
-    sources = {f"poly_encoders/{file.name}" for file in (ROOT / "poly_encoders").glob("*.py")}
+    sources = {str(file.relative_to(ROOT)) for file in (ROOT / "poly_encoders").rglob("*.py")}
     for folder in ("modeling", "training"):
         sources |= {f"poly_encoders/{folder}/{file.name}" for file in (ROOT / folder).glob("*.py")}
     assert sources <= names

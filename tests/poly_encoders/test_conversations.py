@@ -2,7 +2,9 @@
 
 import numpy as np
 import pytest
+from huggingface_hub.errors import StrictDataclassError
 
+from poly_encoders import BiEncoder, CrossEncoder, PolyEncoder
 from poly_encoders.conversations import candidate_texts, checked_text, context_text, context_texts, is_single_context
 
 MESSAGES = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi, how are you?"}]
@@ -83,3 +85,38 @@ def test_the_advice_for_surrogates_works():
     assert (
         checked_text(broken.encode("utf-16", "surrogatepass").decode("utf-16", "replace")) == "\U0001f600 half: \ufffd"
     )
+
+
+@pytest.mark.parametrize(
+    ("max_turns", "text"), [(None, "a\nb\nc"), (1, "c"), (2, "b\nc"), (3, "a\nb\nc"), (9, "a\nb\nc")]
+)
+def test_the_last_turns_are_kept(max_turns, text):
+    assert context_text(["a", "b", "c"], max_turns=max_turns) == text
+    messages = [{"role": "user", "content": turn} for turn in "abc"]
+    assert context_text(messages, max_turns=max_turns) == text
+    assert context_texts([["a", "b", "c"], "d\ne\nf"], max_turns=max_turns) == [text, "d\ne\nf"]
+
+
+@pytest.mark.parametrize("model_class", [PolyEncoder, BiEncoder, CrossEncoder])
+def test_every_model_keeps_its_last_turns(model_class, checkpoints, tmp_path):
+    turns, candidates = ["first", "second", "third"], ["yes", "no"]
+    model_class(checkpoints(), device="cpu", max_turns=2).save_pretrained(str(tmp_path))
+    model = model_class(str(tmp_path), device="cpu")
+    assert model.max_turns == 2
+    assert model.rank(turns, candidates) == model.rank(turns[1:], candidates)
+    assert model.rank(turns, candidates) != model.rank(turns[2:], candidates)
+    every_turn = model_class(str(tmp_path), device="cpu", max_turns=3)
+    assert every_turn.rank(turns, candidates) == model.rank("first\nsecond\nthird", candidates)
+
+
+@pytest.mark.parametrize("model_class", [PolyEncoder, BiEncoder, CrossEncoder])
+@pytest.mark.parametrize("value", [0, -1, True])
+def test_a_number_of_turns_that_cannot_be_kept(model_class, value, checkpoints):
+    with pytest.raises((ValueError, StrictDataclassError), match="max_turns"):
+        model_class(checkpoints(), device="cpu", max_turns=value)
+
+
+def test_a_poly_encoder_takes_over_a_bi_encoders_turns(checkpoints, tmp_path):
+    BiEncoder(checkpoints(), device="cpu", max_turns=4, turn_separator=" | ").save_pretrained(str(tmp_path))
+    model = PolyEncoder(str(tmp_path), device="cpu")
+    assert (model.max_turns, model.turn_separator) == (4, " | ")

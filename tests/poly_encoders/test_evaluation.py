@@ -92,3 +92,37 @@ def test_bad_samples_are_named(samples, error, said):
 def test_bad_k():
     with pytest.raises(ValueError, match="at_k"):
         CandidateRankingEvaluator(SAMPLES, at_k=[0])
+
+
+def test_shared_candidates_are_as_if_each_set_listed_them(model):
+    shared = ["yes", "eleven", "nobody knows"]
+    spelt_out = [{**sample, "candidates": [*sample["candidates"], *shared]} for sample in SAMPLES]
+    for batch_size in (1, 3):
+        options = {"batch_size": batch_size, "show_progress_bar": False}
+        found = CandidateRankingEvaluator(SAMPLES, shared_candidates=shared, **options).ranks(model)
+        expected = CandidateRankingEvaluator(spelt_out, **options).ranks(model)
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_the_right_candidate_is_no_rival_of_itself(model):
+    """A set may hold the right text twice, and shared candidates may hold it too: it is the right one each time."""
+    once = [{"context": "hello", "candidates": ["yes", "no"], "label": 0}]
+    twice = [{"context": "hello", "candidates": ["yes", "no", "yes"], "label": 0}]
+    options = {"show_progress_bar": False}
+    expected = CandidateRankingEvaluator(once, **options).ranks(model)
+    np.testing.assert_array_equal(CandidateRankingEvaluator(twice, **options).ranks(model), expected)
+    found = CandidateRankingEvaluator(once, shared_candidates=["yes", "yes"], **options).ranks(model)
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_contexts_are_read_as_the_model_reads_them(model):
+    """With max_turns, the turns before the last ones are nothing to the evaluator either."""
+    turns = ["what", "time", "is", "it"]
+    candidates = ["nine", "ten", "eleven", "no"]
+    if isinstance(model, (BiEncoder, CrossEncoder)):
+        model._max_turns = 2
+    else:
+        model[0].config.max_turns = 2
+    evaluator = CandidateRankingEvaluator([{"context": turns, "candidates": candidates}], show_progress_bar=False)
+    order = [entry["corpus_id"] for entry in model.rank(turns[-2:], candidates)]
+    assert evaluator.ranks(model).tolist() == [1 + order.index(0)]

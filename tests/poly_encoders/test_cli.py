@@ -1,0 +1,112 @@
+"""The `poly-encoders` command, as a user sees it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from parlai_original import FIXTURES, Original, write_checkpoint
+from poly_encoders import BiEncoder, CrossEncoder, PolyEncoder
+from poly_encoders.cli import app
+
+SETS = '{"context": ["hi"], "candidates": ["no", "i like tea .", "the sea"], "label": 1}\n' * 3
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def converted(tmp_path):
+    result = invoke("convert-parlai", FIXTURES / "poly_codes8" / "model", tmp_path / "converted")
+    assert result.exit_code == 0, result.output
+    return tmp_path / "converted"
+
+
+def test_convert(converted, tmp_path):
+    model = PolyEncoder(str(converted), device="cpu")
+    score = Original(FIXTURES / "poly_codes8").score(["hi"], "no")
+    assert model.rank(["hi"], ["no"])[0]["score"] == pytest.approx(score, abs=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "model_class"), [("poly", PolyEncoder), ("bi", BiEncoder), ("cross", CrossEncoder)])
+def test_convert_and_push(kind, model_class, tmp_path, monkeypatch):
+    pushed = []
+    monkeypatch.setattr(
+        model_class, "push_to_hub", lambda model, repo_id, private=None: pushed.append((repo_id, private)) or "the url"
+    )
+    model_file = write_checkpoint(tmp_path / "parlai", kind)
+    result = invoke("convert-parlai", model_file, tmp_path / "out", "--push-to-hub", "org/name", "--private")
+    assert result.exit_code == 0, result.output
+    assert pushed == [("org/name", True)]
+    assert "the url" in result.output
+    assert (tmp_path / "out" / "config_sentence_transformers.json").exists()
+
+
+def test_a_failed_push_leaves_the_converted_model(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise ConnectionError("no network [/here]")
+
+    monkeypatch.setattr(PolyEncoder, "push_to_hub", fail)
+    model_file = write_checkpoint(tmp_path / "parlai")
+    result = invoke("convert-parlai", model_file, tmp_path / "out", "--push-to-hub", "org/name")
+    assert result.exit_code == 1
+    assert "no network [/here]" in result.stderr
+    assert type(PolyEncoder(str(tmp_path / "out"), device="cpu")) is PolyEncoder
+
+
+def test_a_refusal_is_a_message_and_an_exit_code(tmp_path):
+    result = invoke("convert-parlai", write_checkpoint(tmp_path / "parlai", variant="aiayn"), tmp_path / "out")
+    assert result.exit_code == 1
+    assert "variant='aiayn'" in result.stderr
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_evaluate(converted, tmp_path):
+    (tmp_path / "sets.jsonl").write_text(SETS)
+    out = tmp_path / "results" / "figures.json"
+    result = invoke("evaluate", converted, "jsonl", tmp_path / "sets.jsonl", "--max-examples", 2, "--output", out)
+    assert result.exit_code == 0, result.output
+    assert "R@1" in result.output
+    assert "MRR" in result.output
+    figures = json.loads(out.read_text())
+    ranking = PolyEncoder(str(converted), device="cpu").rank(["hi"], ["no", "i like tea .", "the sea"])
+    rank = 1 + [entry["corpus_id"] for entry in ranking].index(1)
+    assert figures["examples"] == 2
+    assert figures["mrr"] == pytest.approx(1 / rank)
+    assert [file.name for file in out.parent.iterdir()] == ["figures.json"]
+
+
+def test_evaluate_names_the_size_of_the_sets(converted, tmp_path):
+    (tmp_path / "test.csv").write_text("Context,Reply,Distractor\nhi,yes,no,tea\n")
+    result = invoke("evaluate", converted, "ubuntu-v2", tmp_path / "test.csv")
+    assert result.exit_code == 0, result.output
+    for name in ("R@1/10", "R@2/10", "R@5/10", "Ubuntu V2"):
+        assert name in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere", "jsonl", "{sets}"], "nowhere"),
+        (["{model}", "convai2", "{sets}"], "begins with its number"),
+        (["{model}", "jsonl", "missing.jsonl"], "missing.jsonl"),
+    ],
+)
+def test_evaluate_says_what_is_wrong(arguments, message, converted, tmp_path):
+    (tmp_path / "sets.jsonl").write_text(SETS)
+    filled = [text.format(model=converted, sets=tmp_path / "sets.jsonl") for text in arguments]
+    result = invoke("evaluate", *filled)
+    assert result.exit_code == 1
+    assert message in result.stderr
+
+
+def test_the_installed_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "poly_encoders", "--help"], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert "convert-parlai" in done.stdout
+    assert "evaluate" in done.stdout

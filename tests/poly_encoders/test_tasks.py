@@ -1,0 +1,161 @@
+"""The paper's tasks, read from tiny files in the formats that their authors publish."""
+
+import json
+
+import pytest
+
+from poly_encoders import CandidateRankingEvaluator
+from poly_encoders.tasks import TASKS, read_task
+
+CONVAI2 = """1 your persona: i have two cats.
+2 your persona: i like tea.
+3 hello !\thi , how are you ?\t\tno|hi , how are you ?|tea
+4 fine . you ?\tgreat . i have tea .\t\tgreat . i have tea .|no|cats
+1 your persona: i swim.
+2 good evening\\nall\tgood evening .\t\tyes|good evening .
+"""
+
+DSTC7 = [
+    {
+        "example-id": 7,
+        "messages-so-far": [
+            {"speaker": "participant_1", "utterance": "it does not boot"},
+            {"speaker": "participant_2", "utterance": "which release?"},
+        ],
+        "options-for-next": [
+            {"candidate-id": "A", "utterance": "reboot"},
+            {"candidate-id": "B", "utterance": " 18.04 "},
+        ],
+    }
+]
+
+UBUNTU_V2 = """Context,Ground Truth Utterance,Distractor_0,Distractor_1
+"hi __eou__ it fails __eou__ __eot__ what does ? __eou__ __eot__ ",apt __eou__,"no, never __eou__",yes __eou__
+"""
+
+WIKIPEDIA = "the cat sat .\tit slept .\tit woke .\nrain fell .\tthe sea rose .\n"
+DOCUMENTS = "ships sail .\tthey sink .\nwind blows .\n"
+
+
+@pytest.fixture
+def files(tmp_path):
+    contents = {
+        "convai2": [CONVAI2],
+        "dstc7": [json.dumps(DSTC7), "7\tB\t 18.04 \n"],
+        "ubuntu-v2": [UBUNTU_V2],
+        "wikipedia": [WIKIPEDIA, DOCUMENTS],
+        "jsonl": [
+            '{"context": ["a", "b"], "candidates": ["x", "y"], "label": 1}\n\n{"context": "c", "candidates": ["z"]}\n'
+        ],
+    }
+    paths = {}
+    for task, texts in contents.items():
+        paths[task] = []
+        for position, text in enumerate(texts):
+            path = tmp_path / f"{task}-{position}.txt"
+            path.write_text(text, encoding="utf-8")
+            paths[task].append(path)
+    return paths
+
+
+def test_convai2(files):
+    """Persona and message are one turn, as the original reads them; replies become turns of what follows."""
+    sets = read_task("convai2", files["convai2"])
+    persona = "your persona: i have two cats.\nyour persona: i like tea.\nhello !"
+    assert sets.samples == [
+        {"context": [persona], "candidates": ["no", "hi , how are you ?", "tea"], "label": 1},
+        {
+            "context": [persona, "hi , how are you ?", "fine . you ?"],
+            "candidates": ["great . i have tea .", "no", "cats"],
+            "label": 0,
+        },
+        {
+            "context": ["your persona: i swim.\ngood evening\nall"],
+            "candidates": ["yes", "good evening ."],
+            "label": 1,
+        },
+    ]
+    assert sets.shared_candidates == []
+
+
+def test_dstc7_with_its_answers_apart(files):
+    (sample,) = read_task("dstc7", files["dstc7"]).samples
+    assert sample["context"] == "participant 1: it does not boot\nparticipant 2: which release?\n"
+    assert sample["candidates"] == ["reboot", " 18.04 "]
+    assert sample["label"] == 1
+
+
+def test_dstc7_with_its_answers_inside(files):
+    example = DSTC7[0] | {"options-for-correct-answers": [{"candidate-id": "C", "utterance": "none of these"}]}
+    files["dstc7"][0].write_text(json.dumps([example]))
+    (sample,) = read_task("dstc7", files["dstc7"][:1]).samples
+    assert sample["candidates"] == ["none of these", "reboot", " 18.04 "]
+    assert sample["label"] == 0
+
+
+def test_ubuntu_v2(files):
+    (sample,) = read_task("ubuntu-v2", files["ubuntu-v2"]).samples
+    assert sample["context"] == "hi . it fails . \n what does ? ."
+    assert sample["candidates"] == ["apt .", "no, never .", "yes ."]
+    assert sample["label"] == 0
+
+
+def test_wikipedia(files):
+    sets = read_task("wikipedia", files["wikipedia"])
+    assert sets.shared_candidates == ["ships sail . they sink .", "wind blows ."]
+    for sample, line in zip(sets.samples, WIKIPEDIA.splitlines(), strict=True):
+        sentences = line.split("\t")
+        assert sample["context"] in sentences
+        sentences.remove(sample["context"])
+        assert sample["candidates"] == [" ".join(sentences)]
+    assert read_task("wikipedia", files["wikipedia"]).samples == sets.samples
+
+
+def test_sets_of_ones_own(files):
+    sets = read_task("jsonl", files["jsonl"])
+    assert [sample["context"] for sample in sets.samples] == [["a", "b"], "c"]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_can_be_evaluated(task, files, poly_encoder):
+    sets = read_task(task, files[task])
+    evaluator = CandidateRankingEvaluator(
+        sets.samples, at_k=TASKS[task].at_k, shared_candidates=sets.shared_candidates, show_progress_bar=False
+    )
+    results = evaluator(poly_encoder)
+    assert set(results) == {f"recall@{k}" for k in TASKS[task].at_k} | {"mrr"}
+
+
+def test_only_the_first_examples(files):
+    assert len(read_task("convai2", files["convai2"], max_examples=2).samples) == 2
+
+
+@pytest.mark.parametrize(
+    ("task", "content", "match"),
+    [
+        ("convai2", "hello\thi\t\thi|no\n", "Line 1.*begins with its number"),
+        ("convai2", "1 hello\thi\n", "Line 1.*no_cands"),
+        ("convai2", "1 hello\thi\t\tyes|no\n", "Line 1.*does not have its reply among its candidates"),
+        ("convai2", "", "holds no example of ConvAI2"),
+        ("dstc7", "{}", "must hold a list"),
+        ("dstc7", "[", "is not JSON"),
+        ("dstc7", '[{"example-id": 1}]', "Example 0.*messages-so-far"),
+        ("dstc7", json.dumps(DSTC7), "Example 0.*lacks '7'.*second file"),
+        ("ubuntu-v2", "Context,Utterance,Label\na,b,1\n", "Line 2.*distractors"),
+        ("wikipedia", "one sentence\n", "Line 1.*two sentences"),
+        ("jsonl", "{\n", "Line 1.*JSON object"),
+        ("jsonl", "[]\n", "Line 1.*JSON object"),
+    ],
+)
+def test_files_of_another_format(task, content, match, files):
+    files[task][0].write_text(content)
+    paths = files[task][:1] if task == "dstc7" else files[task]
+    with pytest.raises(ValueError, match=match):
+        read_task(task, paths)
+
+
+def test_another_number_of_files(files):
+    with pytest.raises(ValueError, match=r"wikipedia_test10k.txt wikipedia_test_basedocs.txt, but 1"):
+        read_task("wikipedia", files["wikipedia"][:1])
+    with pytest.raises(ValueError, match="no task 'squad'"):
+        read_task("squad", files["jsonl"])
