@@ -1,0 +1,56 @@
+"""What the pages in docs/ tell a reader to run, runs."""
+
+import re
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from parlai_original import FIXTURES
+from poly_encoders.cli import app
+from poly_encoders.tasks import TASKS
+
+DOCS = Path(__file__).parent.parent / "docs"
+DOWNLOAD = "data/models/pretrained_transformers/model_poly/model"
+
+
+def page(name: str) -> str:
+    return (DOCS / name).read_text(encoding="utf-8")
+
+
+def test_the_way_from_a_download_to_auto_model(tmp_path, capsys):
+    """The page's commands and code, in their order, on a checkpoint that ParlAI saved."""
+    text = page("parlai.md")
+    here = {DOWNLOAD: str(FIXTURES / "poly_codes8" / "model"), "my-poly-encoder": str(tmp_path / "my-poly-encoder")}
+
+    def filled(code: str) -> str:
+        for name, path in here.items():
+            code = code.replace(name, path)
+        return code
+
+    (command,) = re.findall(r"^poly-encoders (convert-parlai .*)$", text, flags=re.MULTILINE)
+    result = CliRunner().invoke(app, filled(command).split())
+    assert result.exit_code == 0, result.output
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert len(blocks) == 3
+    names: dict = {}
+    for block in blocks:
+        exec(compile(filled(block), "parlai.md", "exec"), names)
+    assert names["scores"].shape == (1, 2)
+    assert "green tea" in capsys.readouterr().out
+
+
+def test_every_task_has_its_command():
+    text = page("evaluation.md")
+    for name, task in TASKS.items():
+        files = " ".join(file.strip("[]") for file in task.files)
+        assert f"poly-encoders evaluate MODEL {name} {files}" in text, name
+
+
+@pytest.mark.parametrize("name", ["parlai.md", "evaluation.md"])
+def test_links_and_paths_are_there(name):
+    text = page(name)
+    for target in re.findall(r"\]\((?!http)([^)#]+)", text):
+        assert (DOCS / target).exists(), target
+    for path in re.findall(r"`((?:tests|docs|training)/[\w/.]+)`", text):
+        assert (DOCS.parent / path).exists(), path
