@@ -57,7 +57,7 @@ def convert_parlai(
 def evaluate(
     model: Annotated[str, typer.Argument(help="A saved model: a folder or a Hub id.")],
     task: Annotated[TaskName, typer.Argument(help="What to rank.")],
-    files: Annotated[list[Path], typer.Argument(help="The task's files, in the order of the list below.")],
+    files: Annotated[list[Path], typer.Argument(help="The task's files, in the order named above.")],
     batch_size: Annotated[int, typer.Option(min=1, help="Texts encoded at once.")] = 64,
     max_examples: Annotated[int | None, typer.Option(min=1, help="Only the first so many examples.")] = None,
     device: Annotated[str | None, typer.Option(help="Where to run, such as cpu or cuda:0.")] = None,

@@ -30,7 +30,9 @@ def load_model(path: str, **kwargs: Any) -> PolyEncoder | BiEncoder | CrossEncod
         OSError: nothing is there.
         ValueError: it is an encoder that was not trained to rank, or a model of another kind.
     """
-    hub = {name: kwargs[name] for name in ("token", "cache_folder", "revision", "local_files_only") if name in kwargs}
+    hub: dict[str, Any] = {
+        name: kwargs[name] for name in ("token", "cache_folder", "revision", "local_files_only") if name in kwargs
+    }
     settings = _read_json(path, "config_sentence_transformers.json", hub)
     if settings is not None:
         model_type = settings.get("model_type", "SentenceTransformer")

@@ -103,7 +103,7 @@ def test_imports_run_one_way():
         ("modeling", ["poly_encoders", "training"]),
         ("poly_encoders", ["poly_encoders.training"]),
     ):
-        for file in (ROOT / folder).glob("*.py"):
+        for file in (ROOT / folder).rglob("*.py"):
             for line in file.read_text(encoding="utf-8").splitlines():
                 words = line.split()
                 if words[:1] in (["from"], ["import"]):

@@ -94,7 +94,7 @@ def interpret(options: dict[str, Any]) -> Settings:
     if missing := [name for name in required if name not in options]:
         raise ValueError(
             f"The checkpoint's options lack {', '.join(missing)}, without which its scores cannot be told. "
-            "Load and save it once with a later ParlAI, which writes all of them."
+            "Add them to model.opt, which is JSON, or load and save the checkpoint once with a later ParlAI."
         )
     problems = [
         f"{name}={options[name]!r}: {reason}"

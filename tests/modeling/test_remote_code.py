@@ -2,38 +2,12 @@
 
 import ast
 import json
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-HIDDEN = """
-import sys
-class Hide:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("poly_encoders", "modeling"):
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-sys.meta_path.insert(0, Hide())
-"""
-
-
-def run_without_package(code: str, *arguments: str, cache: Path) -> str:
-    """Run `code` where importing poly_encoders fails; its output."""
-    import os
-
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(cache)}
-    done = subprocess.run(
-        [sys.executable, "-c", HIDDEN + code, *arguments],
-        capture_output=True,
-        text=True,
-        env=env,
-        cwd=cache,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+from without_package import run_without_package
 
 
 def test_loads_scores_and_saves_without_the_package(poly_encoder, saved_poly_encoder, tmp_path):

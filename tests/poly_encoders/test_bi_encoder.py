@@ -1,8 +1,6 @@
 """BiEncoder: the paper's reductions, and checkpoints that plain sentence-transformers reads to the same bits."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -11,6 +9,7 @@ from sentence_transformers import SentenceTransformer
 
 import tiny
 from poly_encoders import BiEncoder
+from without_package import run_without_package
 
 CONTEXTS = ["hello", ["a", "b c"], "a long text that goes on and on, far beyond the limit of tokens"]
 CANDIDATES = ["yes", "no, not at all", "another long text that goes on and on, far beyond the limit"]
@@ -21,12 +20,6 @@ KINDS = [
 ]
 
 WITHOUT_PACKAGE = """
-import sys
-class Hide:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "poly_encoders":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-sys.meta_path.insert(0, Hide())
 import json, numpy as np
 from sentence_transformers import SentenceTransformer
 path, trust, out, texts = sys.argv[1], sys.argv[2] == "True", sys.argv[3], json.loads(sys.argv[4])
@@ -71,13 +64,7 @@ def test_plain_sentence_transformers_gives_the_same_bits(checkpoints, tmp_path, 
     model.save_pretrained(str(folder))
     trust = options["reduction"] == "first_m_mean"
     texts = {"query": model.context_texts(CONTEXTS), "document": CANDIDATES}
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_PACKAGE, str(folder), str(trust), str(out), json.dumps(texts)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_without_package(WITHOUT_PACKAGE, str(folder), str(trust), str(out), json.dumps(texts), cache=tmp_path)
     found = np.load(out)
     np.testing.assert_array_equal(found["query"], model.encode_query(CONTEXTS))
     np.testing.assert_array_equal(found["document"], model.encode_document(CANDIDATES))
