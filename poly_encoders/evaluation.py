@@ -162,6 +162,8 @@ def _checked(sample: Mapping[str, Any], position: int) -> dict[str, Any]:
     except (TypeError, ValueError) as error:
         raise type(error)(f"Sample {position}: {error}") from None
     label = sample.get("label", 0)
+    if isinstance(label, bool) or not isinstance(label, (int, np.integer)):
+        raise TypeError(f"Sample {position} has the label {label!r}; expected the position of the right candidate.")
     if not 0 <= label < len(candidates):
         raise ValueError(f"Sample {position} has {len(candidates)} candidates, but its label is {label}.")
     return {"context": sample["context"], "candidates": candidates, "label": int(label)}

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from poly_encoders.conversations import candidate_texts, context_text
+
 Sample = dict[str, Any]  # {"context": ..., "candidates": [...], "label": index}
 
 
@@ -130,9 +132,7 @@ def read_ubuntu_v2(path: Path) -> RankingSets:
     """CSV with a context, the reply to it and nine distractors; `__eou__` ends an utterance, `__eot__` a turn."""
     samples = []
     with path.open(newline="", encoding="utf-8") as stream:
-        rows = csv.reader(stream)
-        next(rows, None)  # the header
-        for position, row in enumerate(rows, start=2):
+        for position, row in _rows(path, csv.reader(stream)):
             fields = [text.replace("__eou__", ".").replace("__eot__", "\n").strip() for text in row]
             if len(fields) < 4:
                 raise _wrong(path, position, "a context, a reply and distractors (valid.csv or test.csv)", str(row))
@@ -167,6 +167,15 @@ def read_json_lines(path: Path) -> RankingSets:
             raise _wrong(path, position, "a JSON object", line) from error
         if not isinstance(sample, dict):
             raise _wrong(path, position, "a JSON object", line)
+        try:
+            context_text(sample["context"])
+            candidate_texts(sample["candidates"])
+        except KeyError as error:
+            raise ValueError(f"Line {position} of {path} lacks {error}, it has only {sorted(sample)}.") from error
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"Line {position} of {path}: {error}") from error
+        if not isinstance(label := sample.get("label", 0), int):
+            raise ValueError(f"Line {position} of {path}: label is {label!r}, expected the right candidate's position.")
         samples.append(sample)
     return RankingSets(samples)
 
@@ -198,6 +207,16 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         for number, line in enumerate(stream, start=1):
             if line.strip():
                 yield number, line.rstrip("\r\n")
+
+
+def _rows(path: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
+    """The rows of a CSV file after its header, and their lines' numbers."""
+    try:
+        next(reader, None)
+        for row in reader:
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise ValueError(f"Line {reader.line_num} of {path} is no CSV ({error}).") from error
 
 
 def _json(path: Path) -> list[Any]:

@@ -1,9 +1,10 @@
 """ParlAI checkpoints as models of this package: the same ids, vectors and scores, from plain text."""
 
 import logging
+import math
 import os
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -60,9 +61,9 @@ def convert_parlai_checkpoint(
     """Convert a checkpoint of ParlAI's transformer/polyencoder, transformer/biencoder or transformer/crossencoder.
 
     Args:
-        model_file: The file `model`, with `model.opt`, `model.dict` and `model.dict.codecs` beside it.
-        output_dir: The folder to write. It loads with `PolyEncoder(output_dir)` (or `BiEncoder`, `CrossEncoder`),
-            and ranks plain text as the original does, with no further setting.
+        model_file: The file `model`, with `model.opt`, `model.dict` and `model.dict.codecs` beside it, or their folder.
+        output_dir: The folder to write; other files that are in it stay. It loads with `PolyEncoder(output_dir)` (or
+            `BiEncoder`, `CrossEncoder`), and ranks plain text as the original does, with no further setting.
 
     Returns:
         The converted model, in evaluation mode, on the CPU.
@@ -72,6 +73,8 @@ def convert_parlai_checkpoint(
         ValueError: a damaged or unsafe file, or a checkpoint that uses what has no counterpart here; then nothing is
             written.
     """
+    if not str(output_dir):
+        raise ValueError("The output folder has an empty name. Give the folder to write the converted model to.")
     parts = take_apart(model_file)
     build: dict[str, Callable[[Parts], PolyEncoder | BiEncoder | CrossEncoder]] = {
         "poly": _poly_encoder,
@@ -96,7 +99,19 @@ def take_apart(model_file: str | os.PathLike[str]) -> Parts:
         raise ValueError(f"The checkpoint's encoders embed {sorted(rows)} tokens; expected the same number in both.")
     words = vocabulary(dictionary_tokens(settings, files.dictionary), files.merges, settings, rows.pop())
     positions = min(len(encoder["position_embeddings.weight"]) for encoder in encoders)
+    _mention_positions(settings, positions)
     return Parts(settings, weights, encoders, words, build_tokenizer(words, files.merges, settings, positions))
+
+
+def _mention_positions(settings: Settings, positions: int) -> None:
+    context = math.inf if settings.text_truncate is None else settings.text_truncate + 2
+    candidate = math.inf if settings.label_truncate is None else settings.label_truncate
+    if (context + candidate if settings.kind == "cross" else max(context, candidate)) > positions:
+        logger.warning(
+            "The checkpoint has positions for %d tokens, less than its options allow: longer texts are cut, where "
+            "ParlAI would fail.",
+            positions,
+        )
 
 
 def _poly_encoder(parts: Parts) -> PolyEncoder:
@@ -123,7 +138,7 @@ def _poly_encoder(parts: Parts) -> PolyEncoder:
     }
     if settings.context_vectors == "learnt_codes":
         if parts.weights.names("codes"):
-            state["codes"] = parts.weights.take("codes")
+            state["codes"] = parts.weights.take("codes", dimensions=2)
         else:
             # As in ParlAI, where a checkpoint from pre-training has none and fine-tuning adds them.
             logger.warning("The checkpoint is only pre-trained: it has no codes. They are new, so fine-tune the model.")
@@ -160,9 +175,9 @@ def _cross_encoder(parts: Parts) -> CrossEncoder:
     width = encoder.get_embedding_dimension()
     # ParlAI's head is one linear layer on the reduced output; the head of BertForSequenceClassification has a tanh.
     head = Dense(width, 1, activation_function=nn.Identity(), module_output_name="scores")
-    load(head, {f"linear.{kind}": parts.weights.take(f"linear_layer.{kind}") for kind in ("weight", "bias")})
-    positions = parts.config(0).max_position_embeddings
-    context, candidate = _pair_limits(settings, positions)
+    weight, bias = parts.weights.take("linear_layer.weight", 2), parts.weights.take("linear_layer.bias", 1)
+    load(head, {"linear.weight": weight, "linear.bias": bias})
+    context, candidate = _pair_limits(settings, parts.config(0).max_position_embeddings)
     return CrossEncoder(
         modules=[encoder, Pooling(width, "mean" if settings.reduction == "mean" else "cls"), head],
         max_context_length=context,
@@ -181,10 +196,10 @@ def _pair_limits(settings: Settings, positions: int) -> tuple[int, int]:
     """
     room = positions - 4
     # The candidate's limit counts its start token, and its end token, which a long one loses to its last token.
-    candidate = room // 4 if settings.label_truncate is None else max(1, settings.label_truncate - 1)
-    candidate = min(candidate, room - 1)
-    context = room - candidate if settings.text_truncate is None else settings.text_truncate
-    return min(context, room - candidate), candidate
+    candidate = room // 4 if settings.label_truncate is None else settings.label_truncate - 1
+    candidate = max(1, min(candidate, room - 1))
+    context = room - candidate
+    return context if settings.text_truncate is None else min(context, settings.text_truncate), candidate
 
 
 def _transformer(parts: Parts, position: int) -> Transformer:
@@ -202,22 +217,17 @@ def load(module: nn.Module, state: dict[str, Tensor]) -> None:
         ValueError: a tensor is missing, superfluous, or of another shape.
     """
     own = module.state_dict()
-    wrong = sorted(own.keys() ^ state.keys()) or _other_shapes(own, state)
+    wrong = sorted(own.keys() ^ state.keys()) or [
+        f"{name} is {tuple(state[name].shape)}, expected {tuple(tensor.shape)}"
+        for name, tensor in own.items()
+        if tensor.shape != state[name].shape
+    ]
     if wrong:
         raise ValueError(
             f"The checkpoint's weights do not fit together: {', '.join(wrong[:3])}{', ...' if len(wrong) > 3 else ''}. "
             "Its model and model.opt do not belong together."
         )
     module.load_state_dict(state)
-
-
-def _other_shapes(own: dict[str, Tensor], state: dict[str, Tensor]) -> list[str]:
-    pairs: Iterable[tuple[str, Tensor]] = own.items()
-    return [
-        f"{name} is {tuple(state[name].shape)}, expected {tuple(tensor.shape)}"
-        for name, tensor in pairs
-        if tensor.shape != state[name].shape
-    ]
 
 
 __all__ = ["convert_parlai_checkpoint"]

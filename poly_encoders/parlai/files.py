@@ -6,6 +6,7 @@ Nothing in them is trusted: weights are read as plain tensors (`weights_only=Tru
 import json
 import os
 import pickle
+import re
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,12 +62,14 @@ def read_options(path: Path) -> dict[str, Any]:
         ValueError: it is no JSON object; very old versions pickled it.
     """
     try:
-        options = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        options = json.loads(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
         raise ValueError(
             f"{path} is not JSON ({error}). Very old versions of ParlAI pickled their options, and a pickle can run "
             "code, so it is not opened here. Where you trust it, load and save the model once with a later ParlAI."
         ) from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({error}). Download it again.") from error
     if not isinstance(options, dict):
         raise ValueError(f"{path} must hold an object of options, but holds a {type(options).__name__}.")
     return options
@@ -81,18 +84,20 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
+        wanted = re.search(r"GLOBAL \S+|Unsupported \w+[^\n]*", str(error))
         raise ValueError(
             f"{path} is refused: it is no file of plain tensors. It is damaged, or a pickle that asks to run code "
-            f"when it is opened, which is never done here. torch says: {str(error).splitlines()[-1]}"
+            f"when it is opened, which is never done here ({wanted[0] if wanted else type(error).__name__})."
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError, OSError) as error:
-        raise ValueError(f"{path} is truncated or corrupted ({error}). Download it again.") from error
+        raise ValueError(f"{path} is truncated or corrupted ({error or 'it is empty'}). Download it again.") from error
     weights = saved.get("model") if isinstance(saved, dict) else None
-    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+    if not isinstance(weights, dict):
         found = sorted(map(str, saved)) if isinstance(saved, dict) else type(saved).__name__
-        raise ValueError(
-            f"{path} holds no state dict under 'model', only {found}. Name a checkpoint that ParlAI saved."
-        )
+        raise ValueError(f"{path} holds no state dict under 'model', only {found}. Name a file that ParlAI saved.")
+    for name, value in weights.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise ValueError(f"{path} should hold named tensors, but {name!r} is a {type(value).__name__}.")
     return weights
 
 
@@ -112,9 +117,12 @@ def read_merges(path: Path) -> list[tuple[str, str]]:
     """The merges of `model.dict.codecs`, in subword-nmt's format, each pair at its first rank.
 
     Raises:
-        ValueError: another version of the format, or a line that is no pair.
+        ValueError: another version of the format, a line that is no pair, or pairs out of order.
     """
-    version, *lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
+    try:
+        version, *lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}). Download it again.") from error
     if version.strip() != _CODES_VERSION:
         raise ValueError(
             f"{path} begins with {version[:40]!r}; expected {_CODES_VERSION!r}. Older codes end words otherwise: "
@@ -128,4 +136,21 @@ def read_merges(path: Path) -> list[tuple[str, str]]:
                 f"Line {number} of {path} is {line[:60]!r}, which is no pair of symbols. Download it again."
             )
         merges.setdefault(pair)
+    _check_order(list(merges), path)
     return list(merges)
+
+
+def _check_order(merges: list[tuple[str, str]], path: Path) -> None:
+    """Raise a ValueError if a pair comes before the pair that makes a part of it, which learning never does.
+
+    subword-nmt and `tokenizers` would merge such codes differently.
+    """
+    first: dict[str, int] = {}
+    for rank, (left, right) in enumerate(merges):
+        first.setdefault(left + right, rank)
+    for rank, pair in enumerate(merges):
+        if late := [part for part in pair if first.get(part, rank) > rank]:
+            raise ValueError(
+                f"{path} merges {' '.join(pair)!r} before it makes {late[0]!r}: its lines are not in the order in "
+                "which they were learnt. Download it again."
+            )

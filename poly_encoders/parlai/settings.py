@@ -5,6 +5,7 @@ silence. What is not named here concerns training, data sets, logging or other a
 """
 
 import logging
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,40 +20,35 @@ _AGENTS: dict[str, tuple[Kind, set[str]]] = {
     "crossencoder": ("cross", {"", "CrossencoderAgent"}),
 }
 
-# Options that must be there: their defaults changed between versions, so guessing one would be a wrong model.
-_REQUIRED = [
-    *("n_heads", "activation", "variant", "embeddings_scale", "output_scaling", "reduction_type"),
-    *("dict_tokenizer", "dict_lower", "dict_nulltoken", "dict_starttoken", "dict_endtoken", "dict_unktoken"),
-]
-_REQUIRED_POLY = ["polyencoder_type", "poly_n_codes", "poly_attention_type", "codes_attention_type"]
-
-# option -> (values that can be carried over, the first of them where the option is absent; why others cannot).
-_SUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "variant": (("xlm",), "its layers are no BERT layers; only xlm's are"),
-    "activation": (("gelu", "relu"), "the encoder knows gelu and relu"),
-    "reduction_type": (("mean", "first"), "max counts padding as zeros, so a score would depend on its batch"),
+# option -> (values that can be carried over; why). It must be there: defaults changed between versions of ParlAI.
+_CHOICES: dict[str, tuple[tuple[str, ...], str]] = {
+    "variant": (("xlm",), "of ParlAI's layers only xlm's are BERT's"),
+    "activation": (("gelu", "relu"), "other activations are not ParlAI's"),
+    "reduction_type": (("mean", "first"), "with max, which counts padding, a score would depend on its batch"),
     "dict_tokenizer": (("bpe",), "only subword-nmt's byte-pair codes can be carried over"),
-    "dict_max_ngram_size": ((-1, 0, 1, None), "words are not joined to n-grams"),
-    "history_reversed": ((False, None), "turns are read oldest first"),
-    "split_lines": ((False, None), "a turn of several lines stays one turn"),
-    "person_tokens": ((False, None), "no speaker tokens are put before the turns"),
-    "add_p1_after_newln": ((False, None), "no speaker tokens are put before the turns"),
-    "history_add_global_end_token": ((None,), "no further token is put after the history"),
-    "special_tok_lst": ((None, ""), "the dictionary has no further special tokens"),
 }
-_SUPPORTED_BI: dict[str, tuple[tuple[Any, ...], str]] = {
-    "share_encoders": ((False,), "ParlAI then puts an MLP on the candidate encoder, which is no Bi-encoder"),
-    "use_memories": ((False, None), "memories have no counterpart"),
-    "wrap_memory_encoder": ((False, None), "the MLP around the encoder has no counterpart"),
-    "normalize_sent_emb": ((False, None), "ParlAI then normalises over the candidates instead of over the vector"),
-}
-_SUPPORTED_POLY: dict[str, tuple[tuple[Any, ...], str]] = {
-    "polyencoder_type": (("codes", "n_first"), "context vectors are codes or n_first"),
+_CHOICES_POLY: dict[str, tuple[tuple[str, ...], str]] = {
+    "polyencoder_type": (("codes", "n_first"), "these are the kinds of context vectors"),
     "poly_attention_type": (("basic", "sqrt"), "the final attention has no weights of its own"),
     "codes_attention_type": (("basic", "sqrt"), "the code attention has no weights of its own"),
-    "polyencoder_attention_keys": (("context", None), "attention is over hidden states, not over positions"),
-    "polyencoder_image_encoder_num_layers": ((0, None), "contexts are text, without images"),
 }
+
+# option -> why it must be off, which it is as well where it is absent.
+_OFF: dict[str, str] = {
+    "history_reversed": "turns are read oldest first",
+    "split_lines": "a turn of several lines stays one turn",
+    "person_tokens": "no speaker tokens are put before the turns",
+    "add_p1_after_newln": "no speaker tokens are put before the turns",
+    "history_add_global_end_token": "no further token is put after the history",
+    "special_tok_lst": "the dictionary has no further special tokens",
+}
+_OFF_BI: dict[str, str] = {
+    "share_encoders": "ParlAI then puts an MLP on the candidate encoder, which is no Bi-encoder",
+    "use_memories": "memories have no counterpart",
+    "wrap_memory_encoder": "the MLP around the encoder has no counterpart",
+    "normalize_sent_emb": "ParlAI then normalises over the candidates instead of over the vector",
+}
+_OFF_POLY: dict[str, str] = {"polyencoder_image_encoder_num_layers": "contexts are text, without images"}
 
 
 @dataclass(frozen=True)
@@ -80,56 +76,129 @@ class Settings:
     start_token: str
     end_token: str
     unk_token: str
+    sizes: dict[str, int]  # what the options say of the tensors' sizes, under ParlAI's names
+
+
+class _Reader:
+    """Reads options one by one and collects what is wrong with them, so that one error names it all."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self.options = options
+        self.problems: list[str] = []
+
+    def choice(self, name: str, values: tuple[str, ...], why: str) -> Any:
+        value = self.options.get(name, "missing")
+        if value not in values:
+            self._refuse(name, f"{' or '.join(values)} can be converted; {why}")
+        return value
+
+    def off(self, name: str, why: str) -> None:
+        if self.options.get(name):
+            self._refuse(name, why)
+
+    def flag(self, name: str) -> bool:
+        value = self.options.get(name)
+        if not isinstance(value, bool):
+            self._refuse(name, "true or false is needed")
+        return bool(value)
+
+    def text(self, name: str) -> str:
+        value = self.options.get(name)
+        if not isinstance(value, str) or not value:
+            self._refuse(name, "a text is needed")
+        return str(value)
+
+    def integer(self, name: str, least: int | None = None, default: int | None = None) -> int:
+        value = self.options.get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int) or (least is not None and value < least):
+            self._refuse(name, "a whole number is needed" + ("" if least is None else f", at least {least}"))
+            return 1
+        return value
+
+    def number(self, name: str, default: float | None = None) -> float:
+        value = self.options.get(name, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            self._refuse(name, "a finite number is needed")
+            return 1.0
+        return float(value)
+
+    def limit(self, name: str, least: int) -> int | None:
+        """A number of ids as ParlAI's agents read it: null or 0 means `truncate`, a negative number no limit."""
+        if not self.options.get(name):
+            name = "truncate"
+        value = self.integer(name, default=1024)
+        if 0 <= value < least:
+            self._refuse(name, f"so few ids leave nothing of the text; at least {least} are needed")
+        return None if value < 0 else value
+
+    def _refuse(self, name: str, why: str) -> None:
+        came = f"{name}={self.options[name]!r}" if name in self.options else f"{name} is missing"
+        if (problem := f"{came}: {why}") not in self.problems:
+            self.problems.append(problem)
 
 
 def interpret(options: dict[str, Any]) -> Settings:
     """The settings that a checkpoint's options mean.
 
     Raises:
-        ValueError: an option is missing, or its value has no counterpart; the message names every such option.
+        ValueError: options that are missing, senseless, or have no counterpart; the message names every one.
     """
     kind = _kind(options.get("model"))
-    supported = _SUPPORTED | {"bi": _SUPPORTED_BI, "poly": _SUPPORTED_POLY, "cross": {}}[kind]
-    required = _REQUIRED + (_REQUIRED_POLY if kind == "poly" else [])
-    if missing := [name for name in required if name not in options]:
+    read = _Reader(options)
+    chosen = {name: read.choice(name, *allowed) for name, allowed in _CHOICES.items()}
+    for name, why in (_OFF | {"bi": _OFF_BI, "poly": _OFF_POLY, "cross": {}}[kind]).items():
+        read.off(name, why)
+    if options.get("dict_max_ngram_size", -1) not in (-1, 0, 1, None):
+        read.off("dict_max_ngram_size", "words are not joined to n-grams")
+    if kind == "poly":
+        _read_poly(read, chosen)
+    settings = Settings(
+        kind=kind,
+        num_heads=read.integer("n_heads", least=1),
+        activation=chosen["activation"],
+        scale_embeddings=read.flag("embeddings_scale"),
+        output_scaling=read.number("output_scaling"),
+        dropout=read.number("dropout", default=0.0),
+        attention_dropout=read.number("attention_dropout", default=0.0),
+        reduction=chosen["reduction_type"],
+        context_vectors="first_m" if chosen.get("polyencoder_type") == "n_first" else "learnt_codes",
+        num_codes=read.integer("poly_n_codes", least=1) if kind == "poly" else 1,
+        code_attention=chosen.get("codes_attention_type", "basic"),
+        final_attention=chosen.get("poly_attention_type", "basic"),
+        text_truncate=read.limit("text_truncate", least=1),
+        # Two of a candidate's ids are its start and end tokens.
+        label_truncate=read.limit("label_truncate", least=3),
+        max_turns=max(0, read.integer("history_size", default=-1)) or None,
+        turn_separator=_separator(read.text("delimiter") if "delimiter" in options else "\n"),
+        lower=read.flag("dict_lower"),
+        null_token=read.text("dict_nulltoken"),
+        start_token=read.text("dict_starttoken"),
+        end_token=read.text("dict_endtoken"),
+        unk_token=read.text("dict_unktoken"),
+        sizes=_sizes(options, kind),
+    )
+    if settings.output_scaling <= 0:
+        read.problems.append(f"output_scaling={settings.output_scaling}: a positive factor is needed")
+    if read.problems:
         raise ValueError(
-            f"The checkpoint's options lack {', '.join(missing)}, without which its scores cannot be told. "
-            "Add them to model.opt, which is JSON, or load and save the checkpoint once with a later ParlAI."
-        )
-    problems = [
-        f"{name}={options[name]!r}: {reason}"
-        for name, (values, reason) in supported.items()
-        if name in options and not _is_among(options[name], values) and not _is_unused(name, options)
-    ]
-    if problems:
-        raise ValueError(
-            "This checkpoint was trained with options that have no counterpart here, so it is not converted:\n  "
-            + "\n  ".join(problems)
+            "The checkpoint's options (model.opt) do not allow a conversion:\n  "
+            + "\n  ".join(read.problems)
+            + "\nWhat is missing can be added to model.opt, which is JSON. What has no counterpart here is not "
+            "converted, because scores would be others without it."
         )
     _mention_harmless(options)
-    return Settings(
-        kind=kind,
-        num_heads=options["n_heads"],
-        activation=options["activation"],
-        scale_embeddings=bool(options["embeddings_scale"]),
-        output_scaling=float(options["output_scaling"]),
-        dropout=float(options.get("dropout") or 0.0),
-        attention_dropout=float(options.get("attention_dropout") or 0.0),
-        reduction=options["reduction_type"],
-        context_vectors="first_m" if options.get("polyencoder_type") == "n_first" else "learnt_codes",
-        num_codes=options.get("poly_n_codes", 1),
-        code_attention="sqrt" if options.get("codes_attention_type") == "sqrt" else "basic",
-        final_attention="sqrt" if options.get("poly_attention_type") == "sqrt" else "basic",
-        text_truncate=_limit("text_truncate", options),
-        label_truncate=_limit("label_truncate", options),
-        max_turns=max(0, options.get("history_size") or 0) or None,
-        turn_separator=_separator(options.get("delimiter", "\n")),
-        lower=bool(options["dict_lower"]),
-        null_token=options["dict_nulltoken"],
-        start_token=options["dict_starttoken"],
-        end_token=options["dict_endtoken"],
-        unk_token=options["dict_unktoken"],
-    )
+    return settings
+
+
+def _read_poly(read: _Reader, chosen: dict[str, Any]) -> None:
+    """Read the Poly-encoder's choices into `chosen`."""
+    for name, (values, why) in _CHOICES_POLY.items():
+        if name == "codes_attention_type" and chosen["polyencoder_type"] == "n_first":
+            chosen[name] = "basic"  # there are no codes, so ParlAI never looks at it
+        else:
+            chosen[name] = read.choice(name, values, why)
+    if read.options.get("polyencoder_attention_keys", "context") != "context":
+        read.off("polyencoder_attention_keys", "attention is over hidden states, not over positions")
 
 
 def _kind(model: Any) -> Kind:
@@ -144,24 +213,21 @@ def _kind(model: Any) -> Kind:
     )
 
 
-def _is_among(value: Any, values: tuple[Any, ...]) -> bool:
-    return any(value == allowed and isinstance(value, bool) == isinstance(allowed, bool) for allowed in values)
-
-
-def _is_unused(name: str, options: dict[str, Any]) -> bool:
-    """Whether the model never looks at this option."""
-    return name == "codes_attention_type" and options.get("polyencoder_type") == "n_first"
-
-
-def _limit(name: str, options: dict[str, Any]) -> int | None:
-    """A number of ids as ParlAI's agents read it: null or 0 means `truncate`, a negative number no limit."""
-    value = options.get(name) or options.get("truncate", 1024)
-    return None if value is None or value < 0 else value
-
-
 def _separator(delimiter: str) -> str:
     """Text between turns that is split off as ParlAI splits off its delimiter, which it tokenizes by itself."""
-    return delimiter if delimiter.strip() == "" and delimiter else f" {delimiter} "
+    return delimiter if delimiter.isspace() else f" {delimiter} "
+
+
+def _sizes(options: dict[str, Any], kind: Kind) -> dict[str, int]:
+    """The sizes that the options name; where they do not, the tensors alone decide."""
+    own = max(0, options.get("n_encoder_layers") or 0)
+    named = {name: options.get(name) for name in ("embedding_size", "ffn_size", "n_layers", "n_positions")}
+    named["n_layers"] = own or named["n_layers"]
+    if kind != "bi":
+        named["n_segments"] = 2  # whatever the option says
+    elif "n_segments" in options:
+        named["n_segments"] = options["n_segments"] or None
+    return {name: value for name, value in named.items() if value}
 
 
 def _mention_harmless(options: dict[str, Any]) -> None:

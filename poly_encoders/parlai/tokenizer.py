@@ -34,6 +34,9 @@ _WORD = r"[\p{L}\p{N}_]+|[^\p{L}\p{N}_\s\x1c-\x1f]"
 _CASED, _IGNORABLE = r"[\p{Cased}&&[^\p{Case_Ignorable}]]", r"\p{Case_Ignorable}*"
 _FINAL_SIGMA = rf"{_CASED}{_IGNORABLE}\KΣ(?!{_IGNORABLE}{_CASED})"
 
+# Outputs that are no rows of one value a token. Asked for, they come as `tokenizers` cuts.
+_BEYOND_ROWS = ("return_overflowing_tokens", "return_length")
+
 _SPECIAL_TOKENS = {"__NULL__", "__START__", "__END__", "__UNK__"}
 
 
@@ -48,8 +51,8 @@ class ParlAITokenizer(PreTrainedTokenizerFast):
     cuts_special_tokens = True
 
     def _encode_plus(self, text: Any, text_pair: Any = None, **options: Any) -> BatchEncoding:
-        text = _readable(text)
-        if not self._cuts_on_the_right(text_pair, options):
+        text, text_pair = _readable(text), _readable(text_pair)
+        if not self._cuts_on_the_right(text, text_pair, options):
             return self._without_aliases(super()._encode_plus(text, text_pair, **options))
         limit = options["max_length"]
         changed = {
@@ -59,7 +62,7 @@ class ParlAITokenizer(PreTrainedTokenizerFast):
             "return_tensors": None,
         }
         encoded = self._without_aliases(super()._encode_plus(text, text_pair, **changed))
-        if isinstance(text, str):
+        if isinstance(encoded["input_ids"][0], int):
             rows: dict[str, Any] = {name: value[:limit] for name, value in encoded.items()}
         else:
             rows = {name: [row[:limit] for row in value] for name, value in encoded.items()}
@@ -74,15 +77,16 @@ class ParlAITokenizer(PreTrainedTokenizerFast):
             verbose=False,
         )
 
-    def _cuts_on_the_right(self, text_pair: Any, options: dict[str, Any]) -> bool:
+    def _cuts_on_the_right(self, text: Any, text_pair: Any, options: dict[str, Any]) -> bool:
+        pairs = text_pair is not None or any(isinstance(item, tuple) for item in text)
         return (
-            text_pair is None
+            not pairs
             and self.truncation_side == "right"
             and options.get("add_special_tokens", True)
             and options.get("truncation_strategy", TruncationStrategy.DO_NOT_TRUNCATE)
             != TruncationStrategy.DO_NOT_TRUNCATE
             and options.get("max_length") is not None
-            and not options.get("return_overflowing_tokens", False)
+            and not any(options.get(name) for name in _BEYOND_ROWS)
         )
 
     def _without_aliases(self, encoded: BatchEncoding) -> BatchEncoding:
@@ -101,7 +105,7 @@ def _readable(text: Any) -> Any:
     """`text` with a blank for every empty string, because `tokenizers` skips an empty text's special tokens."""
     if isinstance(text, str):
         return text or " "
-    return [item or " " if isinstance(item, str) else item for item in text]
+    return type(text)(map(_readable, text)) if isinstance(text, (list, tuple)) else text
 
 
 def _looked_up(ids: Any, table: np.ndarray) -> Any:

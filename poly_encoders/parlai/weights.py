@@ -6,6 +6,7 @@ LayerNorm's epsilon (1e-5) and, in front and behind, two factors (on the word em
 """
 
 import math
+import re
 
 import torch
 from torch import Tensor
@@ -39,15 +40,22 @@ class Weights:
     def __init__(self, weights: dict[str, Tensor]) -> None:
         self._left = dict(weights)
 
-    def take(self, name: str) -> Tensor:
-        """Remove and return a tensor, in float32.
+    def take(self, name: str, dimensions: int) -> Tensor:
+        """Remove and return a tensor of so many dimensions, in float32.
 
         Raises:
-            ValueError: it is not there, or holds NaN or infinity.
+            ValueError: it is not there, is not of this kind, or holds NaN or infinity.
         """
         if name not in self._left:
             raise ValueError(f"The checkpoint has no weight {name!r}. Its model and model.opt do not belong together.")
-        tensor = self._left.pop(name).to(torch.float32)
+        tensor = self._left.pop(name)
+        plain = tensor.is_floating_point() and tensor.layout == torch.strided and tensor.device.type == "cpu"
+        if not plain or tensor.dim() != dimensions or tensor.numel() == 0:
+            raise ValueError(
+                f"The checkpoint's weight {name!r} is a {tensor.dtype} tensor of shape {tuple(tensor.shape)} "
+                f"({tensor.layout}, {tensor.device}); expected floating-point numbers in {dimensions} dimensions."
+            )
+        tensor = tensor.to(torch.float32)
         if not bool(tensor.isfinite().all()):
             raise ValueError(f"The checkpoint's weight {name!r} holds NaN or infinity. Take one of a better time.")
         return tensor
@@ -85,36 +93,59 @@ def take_encoder(weights: Weights, prefix: str) -> dict[str, Tensor]:
     Raises:
         ValueError: one of them is missing.
     """
-    num_layers = 1 + max(
-        (int(name.split(".")[2]) for name in weights.names(f"{prefix}.layers.")), default=-1
-    )  # prefix.layers.<number>. ...
-    names = list(_EMBEDDINGS)
+    found = [re.match(rf"{prefix}\.layers\.(\d+)\.", name) for name in weights.names(f"{prefix}.layers.")]
+    num_layers = 1 + max((int(match[1]) for match in found if match), default=-1)
+    if num_layers == 0:
+        raise ValueError(f"The checkpoint's encoder {prefix!r} has no layers. It does not belong to its model.opt.")
+    shapes = dict.fromkeys(_EMBEDDINGS, 2) | {"norm_embeddings.weight": 1, "norm_embeddings.bias": 1}
     if weights.names(f"{prefix}.segment_embeddings."):
-        names.append("segment_embeddings.weight")
-    names += [f"layers.{i}.{part}.{kind}" for i in range(num_layers) for part in _LAYER for kind in ("weight", "bias")]
-    return {name: weights.take(f"{prefix}.{name}") for name in names}
+        shapes["segment_embeddings.weight"] = 2
+    for layer in range(num_layers):
+        for part in _LAYER:
+            shapes[f"layers.{layer}.{part}.weight"] = 1 if part.startswith("norm") else 2
+            shapes[f"layers.{layer}.{part}.bias"] = 1
+    return {name: weights.take(f"{prefix}.{name}", dimensions) for name, dimensions in shapes.items()}
 
 
 def bert_config(encoder: dict[str, Tensor], words: Vocabulary, settings: Settings) -> BertConfig:
-    """The configuration of one encoder, as `take_encoder` gave it; its sizes are those of its tensors."""
-    width = encoder["embeddings.weight"].shape[1]
-    if "layers.0.ffn.lin1.weight" not in encoder:
-        raise ValueError("The checkpoint's encoder has no layers. Its model and model.opt do not belong together.")
-    if width % settings.num_heads:
-        raise ValueError(
-            f"The checkpoint is {width} wide, which does not divide into n_heads={settings.num_heads}. "
-            "Its model and model.opt do not belong together."
-        )
+    """The configuration of one encoder, as `take_encoder` gave it; its sizes are those of its tensors.
+
+    Raises:
+        ValueError: they are not those that the options name.
+    """
     segments = encoder.get("segment_embeddings.weight")
+    sizes = {
+        "embedding_size": encoder["embeddings.weight"].shape[1],
+        "ffn_size": encoder["layers.0.ffn.lin1.weight"].shape[0],
+        "n_layers": sum(name.endswith("norm2.weight") for name in encoder),
+        "n_positions": len(encoder["position_embeddings.weight"]),
+        "n_segments": 0 if segments is None else len(segments),
+    }
+    for name, value in settings.sizes.items():
+        if sizes[name] != value:
+            raise ValueError(
+                f"The checkpoint's weights are made for {name}={sizes[name]}, but its options call for {name}={value}. "
+                "Its model and model.opt do not belong together."
+            )
+    if sizes["embedding_size"] % settings.num_heads:
+        raise ValueError(
+            f"The checkpoint is {sizes['embedding_size']} wide, which does not divide into "
+            f"n_heads={settings.num_heads}. Its model and model.opt do not belong together."
+        )
+    if sizes["n_positions"] < 3:
+        raise ValueError(
+            f"The checkpoint has positions for {sizes['n_positions']} tokens, which leaves none beside the start and "
+            "end tokens. Its model and model.opt do not belong together."
+        )
     return BertConfig(
         vocab_size=len(words.ids),
-        hidden_size=width,
-        num_hidden_layers=sum(name.endswith("norm2.weight") for name in encoder),
+        hidden_size=sizes["embedding_size"],
+        num_hidden_layers=sizes["n_layers"],
         num_attention_heads=settings.num_heads,
-        intermediate_size=encoder["layers.0.ffn.lin1.weight"].shape[0],
+        intermediate_size=sizes["ffn_size"],
         hidden_act=settings.activation,
-        max_position_embeddings=len(encoder["position_embeddings.weight"]),
-        type_vocab_size=1 if segments is None else len(segments),
+        max_position_embeddings=sizes["n_positions"],
+        type_vocab_size=max(1, sizes["n_segments"]),
         layer_norm_eps=1e-5,  # BERT's own 1e-12 would move scores by 1e-4
         hidden_dropout_prob=settings.dropout,
         attention_probs_dropout_prob=settings.attention_dropout,

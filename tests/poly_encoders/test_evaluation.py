@@ -94,6 +94,12 @@ def test_bad_k():
         CandidateRankingEvaluator(SAMPLES, at_k=[0])
 
 
+@pytest.mark.parametrize("label", ["0", 0.0, True, None])
+def test_a_label_is_a_position(label):
+    with pytest.raises(TypeError, match="Sample 0 has the label"):
+        CandidateRankingEvaluator([{"context": "a", "candidates": ["b", "c"], "label": label}])
+
+
 def test_shared_candidates_are_as_if_each_set_listed_them(model):
     shared = ["yes", "eleven", "nobody knows"]
     spelt_out = [{**sample, "candidates": [*sample["candidates"], *shared]} for sample in SAMPLES]

@@ -145,6 +145,11 @@ def test_only_the_first_examples(files):
         ("wikipedia", "one sentence\n", "Line 1.*two sentences"),
         ("jsonl", "{\n", "Line 1.*JSON object"),
         ("jsonl", "[]\n", "Line 1.*JSON object"),
+        ("jsonl", '{"context": 5, "candidates": ["a"]}\n', "Line 1.*A context is"),
+        ("jsonl", '{"context": "a", "candidates": [null]}\n', "Line 1.*must be a string"),
+        ("jsonl", '{"context": "a", "candidates": ["a"], "label": "0"}\n', "Line 1.*label is '0'"),
+        ("jsonl", '{"context": "a"}\n', "Line 1.*lacks 'candidates'"),
+        ("ubuntu-v2", "Context,Reply,Distractor\n" + "a" * 200_000 + ",b,c\n", "Line 2.*no CSV"),
     ],
 )
 def test_files_of_another_format(task, content, match, files):

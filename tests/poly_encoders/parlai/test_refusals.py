@@ -79,14 +79,79 @@ def test_agents_may_be_named_by_their_class(agent, tmp_path):
     assert (tmp_path / "out" / "config.json").exists()
 
 
-@pytest.mark.parametrize("option", ["variant", "n_heads", "output_scaling", "poly_n_codes", "dict_lower"])
+@pytest.mark.parametrize(
+    "option",
+    ["variant", "n_heads", "output_scaling", "poly_n_codes", "dict_lower", "embeddings_scale", "poly_attention_type"],
+)
 def test_a_missing_option_is_not_guessed(option, tmp_path):
     model_file = write_checkpoint(tmp_path / "parlai")
     file = tmp_path / "parlai" / "model.opt"
     options = json.loads(file.read_text())
     del options[option]
     file.write_text(json.dumps(options))
-    refuse(model_file, tmp_path / "out", option)
+    refuse(model_file, tmp_path / "out", f"{option} is missing")
+
+
+@pytest.mark.parametrize(
+    "option", ["history_size", "delimiter", "special_tok_lst", "dict_max_ngram_size", "n_encoder_layers", "n_positions"]
+)
+def test_an_option_of_later_versions_may_be_missing(option, tmp_path):
+    model_file = write_checkpoint(tmp_path / "parlai")
+    file = tmp_path / "parlai" / "model.opt"
+    options = json.loads(file.read_text())
+    del options[option]
+    file.write_text(json.dumps(options))
+    convert_parlai_checkpoint(model_file, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("n_heads", "2"),
+        ("n_heads", 0),
+        ("n_heads", -2),
+        ("n_heads", True),
+        ("n_heads", 3),
+        ("poly_n_codes", 0),
+        ("poly_n_codes", None),
+        ("output_scaling", None),
+        ("output_scaling", 0.0),
+        ("output_scaling", float("nan")),
+        ("dropout", "x"),
+        ("embeddings_scale", "false"),
+        ("dict_lower", None),
+        ("dict_nulltoken", None),
+        ("delimiter", None),
+        ("history_size", "3"),
+        ("text_truncate", "36"),
+        ("label_truncate", 1),
+        ("label_truncate", 2),
+    ],
+)
+def test_senseless_values_are_named(option, value, tmp_path):
+    model_file = write_checkpoint(tmp_path / "parlai")
+    file = tmp_path / "parlai" / "model.opt"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {option: value}))
+    refuse(model_file, tmp_path / "out", f"{option}={value!r}")
+
+
+@pytest.mark.parametrize(
+    ("kind", "option", "value"),
+    [
+        ("poly", "n_layers", 5),
+        ("poly", "n_encoder_layers", 1),
+        ("poly", "embedding_size", 64),
+        ("poly", "ffn_size", 7),
+        ("poly", "n_positions", 12),
+        ("bi", "n_segments", 3),
+    ],
+)
+def test_the_options_of_another_model(kind, option, value, tmp_path):
+    model_file = write_checkpoint(tmp_path / "parlai", kind)
+    file = tmp_path / "parlai" / "model.opt"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {option: value}))
+    name = "n_layers" if option == "n_encoder_layers" else option
+    refuse(model_file, tmp_path / "out", f"options call for {name}={value}")
 
 
 class Exploit:
@@ -100,7 +165,7 @@ def test_a_pickle_that_wants_code_is_refused(zipped, tmp_path, monkeypatch):
     model_file = write_checkpoint(tmp_path / "parlai")
     saved = torch.load(model_file, weights_only=True)
     torch.save(saved | {"more": Exploit()}, model_file, _use_new_zipfile_serialization=zipped)
-    refuse(model_file, tmp_path / "out", "refused.*asks to run code")
+    refuse(model_file, tmp_path / "out", r"refused.*asks to run code.*mkdir")
     assert not (tmp_path / "exploited").exists()
 
 
@@ -138,6 +203,9 @@ def test_a_truncated_model_file(keep, zipped, tmp_path):
         (".dict.codecs", "t h\n", "version"),
         (".dict.codecs", "#version: 0.1\nt h\n", "version"),
         (".dict.codecs", "#version: 0.2\nt h e\n", "Line 2"),
+        (".dict.codecs", "#version: 0.2\nth e\nt h\n", "'th e' before it makes 'th'"),
+        (".opt", "[" * 100_000, "not JSON"),
+        (".opt", '{"seed": ' + "1" * 5000 + "}", "model.opt is not JSON"),
     ],
 )
 def test_a_damaged_file(suffix, content, match, tmp_path):
@@ -159,6 +227,15 @@ def changed_weights(model_file, change):
         ("poly", lambda w: w.update({"code_attention.q_lin.weight": torch.ones(2)}), "code_attention.q_lin.weight"),
         ("poly", lambda w: w.update({"codes": torch.zeros(4, 32)}), r"codes is \(4, 32\), expected \(8, 32\)"),
         ("poly", lambda w: w["codes"].fill_(float("nan")), "'codes' holds NaN"),
+        ("poly", lambda w: w.update({"codes": w["codes"].to(torch.complex64)}), "'codes' is a torch.complex64 tensor"),
+        ("poly", lambda w: w.update({"codes": w["codes"].to_sparse()}), "'codes' is a .*sparse"),
+        ("poly", lambda w: w.update({"codes": torch.tensor(1.0)}), "'codes' is a .*2 dimensions"),
+        ("poly", lambda w: w.update({"encoder_cand.embeddings.weight": torch.ones(116)}), "2 dimensions"),
+        ("poly", lambda w: w.update({"encoder_cand.layers.x.norm1.bias": torch.ones(32)}), "encoder_cand.layers.x"),
+        ("poly", lambda w: w.update({3: torch.ones(2)}), "named tensors, but 3"),
+        ("poly", lambda w: w.update({"codes": [1.0]}), "named tensors, but 'codes' is a list"),
+        ("cross", lambda w: w.update({"encoder.segment_embeddings.weight": torch.ones(1, 32)}), "n_segments=2"),
+        ("cross", lambda w: w.pop("encoder.segment_embeddings.weight"), "n_segments=2"),
         ("bi", lambda w: w.update({"memory_transformer.norm_embeddings.bias": torch.ones(32)}), "memory_transformer"),
         ("bi", lambda w: w.update({"cand_encoder.mlp.0.weight": torch.ones(2)}), "cand_encoder.mlp.0.weight"),
         (
@@ -198,3 +275,23 @@ def test_harmless_options_are_mentioned(tmp_path, caplog):
     convert_parlai_checkpoint(write_checkpoint(tmp_path / "p", relu_dropout=0.1, use_reply="none"), tmp_path / "out")
     assert "relu_dropout" in caplog.text
     assert "use_reply" in caplog.text
+
+
+def test_codes_that_are_no_text(tmp_path):
+    model_file = write_checkpoint(tmp_path / "parlai")
+    (tmp_path / "parlai" / "model.dict.codecs").write_bytes(b"#version: 0.2\n\xff h\n")
+    refuse(model_file, tmp_path / "out", "model.dict.codecs is not UTF-8")
+
+
+def test_no_place_to_write_to(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="empty name"):
+        convert_parlai_checkpoint(write_checkpoint(tmp_path / "parlai"), "")
+    assert [file.name for file in tmp_path.iterdir()] == ["parlai"]
+
+
+@pytest.mark.parametrize(("kind", "positions"), [("poly", 30), ("bi", 30), ("cross", 40)])
+def test_too_few_positions_are_mentioned(kind, positions, tmp_path, caplog):
+    model = convert_parlai_checkpoint(write_checkpoint(tmp_path / "p", kind, n_positions=positions), tmp_path / "out")
+    assert f"positions for {positions} tokens" in caplog.text
+    assert len(model.rank(["tea " * 100], ["no " * 100])) == 1

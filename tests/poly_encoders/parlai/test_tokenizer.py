@@ -163,3 +163,39 @@ def test_the_tokenizers_of_a_bi_encoder_cut_on_their_own_side(tmp_path):
     text = "yes ! green tea is the best thing in the world ."
     assert model.preprocess([text], task="query")["input_ids"][0].tolist() == original.context_ids([text])
     assert model.preprocess([text], task="document")["input_ids"][0].tolist() == original.candidate_ids(text)
+
+
+def test_what_else_can_be_asked_of_a_tokenizer_that_cuts_on_the_right(tokenizers):
+    tokenizer = tokenizers["bi_mean"]
+    tokenizer.truncation_side = "right"
+    try:
+        words = tokenizer(["tea", "you", "."], is_split_into_words=True, truncation=True, max_length=3)["input_ids"]
+        assert words == tokenizer("tea you .", truncation=True, max_length=3)["input_ids"]
+        measured = tokenizer(["tea you ."] * 2, truncation=True, max_length=4, return_length=True)
+        assert measured["length"] == [len(row) for row in measured["input_ids"]] == [4, 4]
+        masked = tokenizer(["tea you .", "."], truncation=True, max_length=3, return_special_tokens_mask=True)
+        assert masked["special_tokens_mask"] == [[1, 0, 0], [1, 0, 1]]
+    finally:
+        tokenizer.truncation_side = "left"
+
+
+def test_pairs(tokenizers, originals):
+    tokenizer, original = tokenizers["bi_mean"], originals["bi_mean"]
+
+    def framed(text):
+        return [original.start, *original.text_ids(text), original.end]
+
+    for pair in [("hi", "a_b"), ("hi", ""), ("", "hi"), ("", "")]:
+        expected = framed(pair[0]) + framed(pair[1])
+        segments = [0] * len(framed(pair[0])) + [1] * len(framed(pair[1]))
+        for features in (tokenizer(*pair), tokenizer([pair]), tokenizer([pair[0]], [pair[1]])):
+            rows = features["input_ids"]
+            assert (rows[0] if isinstance(rows[0], list) else rows) == expected
+            kinds = features["token_type_ids"]
+            assert (kinds[0] if isinstance(kinds[0], list) else kinds) == segments
+    for side in ("left", "right"):
+        tokenizer.truncation_side = side
+        cut = tokenizer("hi you tea", "tea you", truncation=True, max_length=7)["input_ids"]
+        assert tokenizer([("hi you tea", "tea you")], truncation=True, max_length=7)["input_ids"] == [cut]
+        assert len(cut) == 7
+    tokenizer.truncation_side = "left"
