@@ -22,7 +22,14 @@ from poly_encoders import first_m_pooling
 from poly_encoders.conversations import TURN_SEPARATOR, candidate_texts, checked_max_turns
 from poly_encoders.first_m_pooling import FirstMMeanPooling
 from poly_encoders.lengths import last_tokens, room_beside_prompt, token_limit
-from poly_encoders.two_sided import Task, TwoSidedEncoder, clear_load_errors, refuse_poly_encoder, save_staged
+from poly_encoders.two_sided import (
+    Task,
+    TwoSidedEncoder,
+    clear_load_errors,
+    freeze_pooler,
+    refuse_poly_encoder,
+    save_staged,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -87,9 +94,7 @@ class BiEncoder(TwoSidedEncoder):
         self.model_card_data.ir_model = True  # its snippet then names the sides
         self._set_lengths(max_context_length, max_candidate_length)
         for encoder in self._transformers():
-            for name, parameter in encoder.model.named_parameters():
-                if name.startswith("pooler."):
-                    parameter.requires_grad_(False)  # kept for whoever loads it, but nothing here trains it
+            freeze_pooler(encoder.model)
 
     @property
     def turn_separator(self) -> str:

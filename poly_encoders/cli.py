@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from poly_encoders.evaluation import CandidateRankingEvaluator
@@ -43,14 +44,15 @@ def convert_parlai(
     """Convert a checkpoint of ParlAI's Poly-, Bi- or Cross-encoder to Hugging Face."""
     console = Console()
     with _clear_errors():
-        with console.status(f"Converting {model_file} ..."):
+        with console.status(f"Converting {escape(str(model_file))} ..."):
             model = convert_parlai_checkpoint(model_file, output)
         name = type(model).__name__
-        console.print(f"[green]Saved a {name} to[/] {output}. Load it with [bold]{name}({str(output)!r})[/].")
+        folder, loads = escape(str(output)), escape(f"{name}({str(output)!r})")
+        console.print(f"[green]Saved a {name} to[/] {folder}. Load it with [bold]{loads}[/].", soft_wrap=True)
         if push_to_hub is not None:
             with console.status(f"Pushing to {push_to_hub} ..."):
                 url = model.push_to_hub(push_to_hub, private=private or None)
-            console.print(f"[green]Pushed to[/] {url}")
+            console.print(f"[green]Pushed to[/] {escape(url)}", soft_wrap=True)
 
 
 @app.command()
@@ -85,7 +87,7 @@ def evaluate(
 
 
 def _table(model: str, task: RankingTask, num_examples: int, results: dict[str, Any]) -> Table:
-    table = Table(title=f"{model} on {task.title}, {num_examples:,} examples")
+    table = Table(title=f"{escape(model)} on {task.title}, {num_examples:,} examples")
     table.add_column("metric")
     table.add_column("value", justify="right")
     for name, value in results.items():

@@ -20,6 +20,7 @@ from poly_encoders.two_sided import (
     Ranked,
     clear_load_errors,
     finite,
+    freeze_pooler,
     ranking,
     ranking_inputs,
     refuse_poly_encoder,
@@ -78,6 +79,8 @@ class CrossEncoder(sentence_transformers.CrossEncoder):
             # Without this, upstream's CrossEncoder would leave the segments out and score otherwise.
             names = [*self.tokenizer.model_input_names, "token_type_ids"]
             self.tokenizer.model_input_names = self.tokenizer.init_kwargs["model_input_names"] = names
+        if len(self) > 1:  # its score is made of token vectors by further modules, as in converted checkpoints
+            freeze_pooler(self[0].model)
         self.length_limits()  # a limit that cannot be kept is said on loading, not on the first long text
 
     @property

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
+from torch import nn
 from torch.nn.functional import normalize
 from transformers import AutoConfig
 
@@ -217,6 +218,16 @@ def ranking(scores: torch.Tensor, texts: list[str], top_k: int | None, return_do
         for entry in entries:
             entry["text"] = texts[entry["corpus_id"]]
     return entries[:top_k]
+
+
+def freeze_pooler(encoder: nn.Module) -> None:
+    """Take the pooler of an encoder whose token vectors are used out of training.
+
+    It is kept for whoever loads it, but would never get a gradient, which distributed training refuses.
+    """
+    for name, parameter in encoder.named_parameters():
+        if name.startswith("pooler."):
+            parameter.requires_grad_(False)
 
 
 def save_staged(save: Callable[..., None], path: Any, *args: Any, **kwargs: Any) -> None:

@@ -25,10 +25,20 @@ def converted(tmp_path):
     return tmp_path / "converted"
 
 
-def test_convert(converted, tmp_path):
+def test_convert(converted):
     model = PolyEncoder(str(converted), device="cpu")
     score = Original(FIXTURES / "poly_codes8").score(["hi"], "no")
     assert model.rank(["hi"], ["no"])[0]["score"] == pytest.approx(score, abs=1e-5)
+
+
+def test_names_with_brackets_are_shown_as_they_are(tmp_path):
+    (tmp_path / "sets.jsonl").write_text(SETS)
+    folder = tmp_path / "a [bold] model[/]"
+    result = invoke("convert-parlai", FIXTURES / "bi_mean" / "model", folder)
+    assert f"to {folder}." in result.output
+    result = invoke("evaluate", folder, "jsonl", tmp_path / "sets.jsonl")
+    assert result.exit_code == 0, result.output
+    assert "[bold]" in result.output
 
 
 @pytest.mark.parametrize(("kind", "model_class"), [("poly", PolyEncoder), ("bi", BiEncoder), ("cross", CrossEncoder)])

@@ -129,3 +129,21 @@ def test_a_pair_that_has_no_positions_is_cut_on_the_context(tmp_path):
     original = Original(tmp_path / "parlai")
     assert model.rank(["hi"], ["no"])[0]["score"] == pytest.approx(original.score(["hi"], "no"), abs=1e-5)
     assert len(model.rank(["tea " * 200], ["no " * 200])) == 1
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_every_trainable_weight_is_trained(kind, tmp_path):
+    """A trainable weight without a gradient stops distributed training."""
+    convert_parlai_checkpoint(write_checkpoint(tmp_path / "parlai", kind), tmp_path / "converted")
+    model = load_model(str(tmp_path / "converted"), device="cpu").train()
+    if kind == "cross":
+        scores = model(model.preprocess([("hi", "tea"), ("hi", "you")]))["scores"]
+    else:
+        sides = {"query": ["hi", "you"], "document": ["tea", "."]}
+        vectors = {task: model.preprocess(texts, task=task) for task, texts in sides.items()}
+        vectors = {task: model(features, task=task)["sentence_embedding"] for task, features in vectors.items()}
+        scores = model.similarity(vectors["query"], vectors["document"])
+    scores.square().sum().backward()
+    without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert without == []
+    assert sum(bool(p.grad.abs().sum() > 0) for p in model.parameters() if p.grad is not None) > 30
