@@ -1,6 +1,7 @@
 """poly-encoders: Poly-encoders, Bi-encoders and Cross-encoders for ranking, at home in Hugging Face.
 
-Importing this package teaches transformers' Auto classes the Poly-encoder; it has no other effect.
+Importing this package teaches transformers' Auto classes the Poly-encoder, and the tokenizer of checkpoints that were
+converted from ParlAI; it has no other effect.
 """
 
 from transformers import AutoConfig, AutoModel, AutoTokenizer

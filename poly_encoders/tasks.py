@@ -174,7 +174,7 @@ def read_json_lines(path: Path) -> RankingSets:
             raise ValueError(f"Line {position} of {path} lacks {error}, it has only {sorted(sample)}.") from error
         except (TypeError, ValueError) as error:
             raise ValueError(f"Line {position} of {path}: {error}") from error
-        if not isinstance(label := sample.get("label", 0), int):
+        if isinstance(label := sample.get("label", 0), bool) or not isinstance(label, int):
             raise ValueError(f"Line {position} of {path}: label is {label!r}, expected the right candidate's position.")
         samples.append(sample)
     return RankingSets(samples)

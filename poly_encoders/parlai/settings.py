@@ -175,7 +175,7 @@ def interpret(options: dict[str, Any]) -> Settings:
         start_token=read.text("dict_starttoken"),
         end_token=read.text("dict_endtoken"),
         unk_token=read.text("dict_unktoken"),
-        sizes=_sizes(options, kind),
+        sizes=_sizes(read, kind),
     )
     if settings.output_scaling <= 0:
         read.problems.append(f"output_scaling={settings.output_scaling}: a positive factor is needed")
@@ -218,16 +218,17 @@ def _separator(delimiter: str) -> str:
     return delimiter if delimiter.isspace() else f" {delimiter} "
 
 
-def _sizes(options: dict[str, Any], kind: Kind) -> dict[str, int]:
-    """The sizes that the options name; where they do not, the tensors alone decide."""
-    own = max(0, options.get("n_encoder_layers") or 0)
-    named = {name: options.get(name) for name in ("embedding_size", "ffn_size", "n_layers", "n_positions")}
-    named["n_layers"] = own or named["n_layers"]
+def _sizes(read: _Reader, kind: Kind) -> dict[str, int]:
+    """The sizes that the options name; where one is absent or null, the tensors alone decide."""
+    names = ("embedding_size", "ffn_size", "n_layers", "n_positions", "n_encoder_layers", "n_segments")
+    named = {name: read.integer(name) for name in names if read.options.get(name) is not None}
+    if (own_layers := named.pop("n_encoder_layers", -1)) > 0:
+        named["n_layers"] = own_layers
+    if named.get("n_positions") == 0:  # as null, it leaves the number to other options
+        del named["n_positions"]
     if kind != "bi":
         named["n_segments"] = 2  # whatever the option says
-    elif "n_segments" in options:
-        named["n_segments"] = options["n_segments"] or None
-    return {name: value for name, value in named.items() if value}
+    return named
 
 
 def _mention_harmless(options: dict[str, Any]) -> None:

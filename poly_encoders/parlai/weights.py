@@ -57,7 +57,9 @@ class Weights:
             )
         tensor = tensor.to(torch.float32)
         if not bool(tensor.isfinite().all()):
-            raise ValueError(f"The checkpoint's weight {name!r} holds NaN or infinity. Take one of a better time.")
+            raise ValueError(
+                f"The checkpoint's weight {name!r} holds NaN or infinity. Take a checkpoint from before that."
+            )
         return tensor
 
     def drop_copy(self, name: str, original: Tensor) -> None:
@@ -91,7 +93,7 @@ def take_encoder(weights: Weights, prefix: str) -> dict[str, Tensor]:
     """Take one encoder's tensors, under ParlAI's names without the prefix.
 
     Raises:
-        ValueError: one of them is missing.
+        ValueError: one of them is missing, or has another number of dimensions.
     """
     found = [re.match(rf"{prefix}\.layers\.(\d+)\.", name) for name in weights.names(f"{prefix}.layers.")]
     num_layers = 1 + max((int(match[1]) for match in found if match), default=-1)
@@ -156,7 +158,7 @@ def bert_config(encoder: dict[str, Tensor], words: Vocabulary, settings: Setting
 def bert_weights(
     encoder: dict[str, Tensor], words: Vocabulary, settings: Settings, *, scale_output: bool = False
 ) -> dict[str, Tensor]:
-    """One encoder's state dict for a `BertModel` without a pooler.
+    """One encoder's state dict for a `BertModel`, all but its pooler's.
 
     Args:
         encoder: What `take_encoder` gave.

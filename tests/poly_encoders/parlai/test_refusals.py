@@ -118,6 +118,8 @@ def test_an_option_of_later_versions_may_be_missing(option, tmp_path):
         ("output_scaling", 0.0),
         ("output_scaling", float("nan")),
         ("dropout", "x"),
+        ("n_encoder_layers", "x"),
+        ("embedding_size", "32"),
         ("embeddings_scale", "false"),
         ("dict_lower", None),
         ("dict_nulltoken", None),

@@ -40,6 +40,7 @@ VARIANTS = {
     "short truncation": ("poly", {"text_truncate": 3, "label_truncate": 3}),
     "truncation by the common option": ("poly", {"text_truncate": None, "label_truncate": None, "truncate": 12}),
     "a word as delimiter": ("poly", {"delimiter": "and"}),
+    "null for what the tensors tell": ("poly", {"n_encoder_layers": None, "n_segments": 0}),
     "case kept": ("poly", {"dict_lower": False}),
     "padding rows of half precision": ("poly", {"rows": 120, "fp16": True}),
     "bi, first output": ("bi", {"reduction_type": "first"}),
