@@ -26,8 +26,8 @@ from poly_encoders.evaluation import CandidateRankingEvaluator  # noqa: E402
 from poly_encoders.parlai import ParlAITokenizer  # noqa: E402
 from poly_encoders.poly_encoder import PolyEncoder  # noqa: E402
 
-# What a tokenizer_config.json names is found once it is registered. The configuration beside it only says what loads a
-# Poly-encoder's tokenizer where none is named; without aliases ours is a plain fast tokenizer.
+# A tokenizer_config.json can name ParlAITokenizer only if AutoTokenizer knows it, and it is made known beside a
+# configuration; ours is the nearest.
 AutoTokenizer.register(PolyEncoderConfig, tokenizer_class=ParlAITokenizer)
 
 __all__ = [

@@ -8,6 +8,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -29,19 +30,21 @@ def _clear_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        Console(stderr=True).print(f"[bold red]Error:[/] {type(error).__name__}", end=" ")
-        typer.echo(str(error), err=True)  # as it is: rich would read brackets as its own
+        message = escape(str(error) or type(error).__name__)
+        Console(stderr=True).print(f"[bold red]Error:[/] {message}", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error
 
 
 @app.command("convert-parlai")
 def convert_parlai(
-    model_file: Annotated[Path, typer.Argument(help="The file `model` of a ParlAI checkpoint.")],
+    model_file: Annotated[Path, typer.Argument(help="The file `model` of a ParlAI checkpoint, or its folder.")],
     output: Annotated[Path, typer.Argument(help="The folder to write the converted model to.")],
     push_to_hub: Annotated[str | None, typer.Option(help="Push the model to this Hub id as well.")] = None,
     private: Annotated[bool, typer.Option(help="Make a new repository on the Hub private.")] = False,
 ) -> None:
     """Convert a checkpoint of ParlAI's Poly-, Bi- or Cross-encoder to Hugging Face."""
+    if private and push_to_hub is None:
+        raise typer.BadParameter("it concerns the Hub: give --push-to-hub ID as well.", param_hint="--private")
     console = Console()
     with _clear_errors():
         with console.status(f"Converting {escape(str(model_file))} ..."):
@@ -50,7 +53,7 @@ def convert_parlai(
         folder, loads = escape(str(output)), escape(f"{name}({str(output)!r})")
         console.print(f"[green]Saved a {name} to[/] {folder}. Load it with [bold]{loads}[/].", soft_wrap=True)
         if push_to_hub is not None:
-            with console.status(f"Pushing to {push_to_hub} ..."):
+            with console.status(f"Pushing to {escape(push_to_hub)} ..."):
                 url = model.push_to_hub(push_to_hub, private=private or None)
             console.print(f"[green]Pushed to[/] {escape(url)}", soft_wrap=True)
 
@@ -80,20 +83,40 @@ def evaluate(
             batch_size=batch_size,
             shared_candidates=sets.shared_candidates,
         )
-        results = evaluator(load_model(model, device=device))
-        Console().print(_table(model, settings, len(sets.samples), results))
+        results = evaluator(load_model(model, device=_checked_device(device)))
+        sizes = {len(sample["candidates"]) + len(sets.shared_candidates) for sample in sets.samples}
+        console = Console()
+        console.print(_table(model, settings, len(sets.samples), sizes, results))
+        if settings.num_candidates is not None and sizes != {settings.num_candidates}:
+            console.print(
+                f"[yellow]The sets have {_counted(sizes)} candidates, {settings.title}'s have "
+                f"{settings.num_candidates:,}: these figures do not compare with the paper's.[/]",
+                soft_wrap=True,
+            )
         if output is not None:
-            _write_json(output, {"model": model, "task": task.value, "examples": len(sets.samples), **results})
+            about = {"model": model, "task": task.value, "examples": len(sets.samples), "candidates": sorted(sizes)}
+            _write_json(output, {**about, **results})
 
 
-def _table(model: str, task: RankingTask, num_examples: int, results: dict[str, Any]) -> Table:
-    table = Table(title=f"{escape(model)} on {task.title}, {num_examples:,} examples")
+def _checked_device(device: str | None) -> str | None:
+    """`device`, if it names one that is here."""
+    if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"There is no {device}: PyTorch finds no CUDA device here. Leave --device out, or give cpu.")
+    return device
+
+
+def _counted(sizes: set[int]) -> str:
+    return f"{min(sizes):,}" if len(sizes) == 1 else f"{min(sizes):,} to {max(sizes):,}"
+
+
+def _table(model: str, task: RankingTask, num_examples: int, sizes: set[int], results: dict[str, Any]) -> Table:
+    table = Table(title=f"{escape(model)} on {task.title}, examples: {num_examples:,}")
     table.add_column("metric")
     table.add_column("value", justify="right")
     for name, value in results.items():
         shown = name.replace("recall@", "R@").replace("mrr", "MRR")
-        if task.num_candidates and shown.startswith("R@"):
-            shown += f"/{task.num_candidates:,}"
+        if shown.startswith("R@") and len(sizes) == 1:
+            shown += f"/{min(sizes):,}"
         table.add_row(shown, f"{value:.4f}")
     return table
 

@@ -94,13 +94,19 @@ class CrossEncoder(sentence_transformers.CrossEncoder):
         return self._max_turns
 
     def length_limits(self) -> tuple[int, int]:
-        """Tokens kept of a context and of a candidate, special tokens not counted.
+        """Tokens kept at most of a context and of a candidate, special tokens not counted.
+
+        Those of a model that was converted from ParlAI are each side's own; of a pair that is too long all the same,
+        the context gives way.
 
         Raises:
             ValueError: the two together do not fit the encoder.
         """
-        encoder: Transformer = self[0]
-        room = token_limit(encoder.tokenizer, encoder.model) - encoder.tokenizer.num_special_tokens_to_add(pair=True)
+        room = self._room()
+        if getattr(self.tokenizer, "cuts_as_parlai", False):
+            wishes = (self._max_context_length, self._max_candidate_length)
+            context, candidate = (room - 1 if wish is None else min(wish, room - 1) for wish in wishes)
+            return context, candidate
         candidate = max(1, room // 4) if self._max_candidate_length is None else self._max_candidate_length
         context = room - candidate if self._max_context_length is None else self._max_context_length
         if min(context, candidate) < 1 or context + candidate > room:
@@ -109,6 +115,11 @@ class CrossEncoder(sentence_transformers.CrossEncoder):
                 f"together at most {room}, which is what the encoder has positions for beside its special tokens."
             )
         return context, candidate
+
+    def _room(self) -> int:
+        """Positions of the encoder beside a pair's special tokens."""
+        encoder: Transformer = self[0]
+        return token_limit(encoder.tokenizer, encoder.model) - encoder.tokenizer.num_special_tokens_to_add(pair=True)
 
     def preprocess(self, inputs: Sequence[Sequence[Any]], prompt: str | None = None, **kwargs: Any) -> dict[str, Any]:
         """Token features of (context, candidate) pairs, `(batch, length)` int64.
@@ -129,8 +140,8 @@ class CrossEncoder(sentence_transformers.CrossEncoder):
                 raise ValueError(f"Item {position} is no pair of a context and a candidate, but {pair!r:.80}.")
         contexts = context_texts([pair[0] for pair in inputs], self.turn_separator, self.max_turns)
         candidates = candidate_texts([pair[1] for pair in inputs])
-        keep_context, keep_candidate = self.length_limits()
-        rows = _PairTokenizer(self[0].tokenizer, keep_context, keep_candidate, prompt)(contexts, candidates)
+        tokenized = _PairTokenizer(self[0].tokenizer, *self.length_limits(), self._room(), prompt)
+        rows = tokenized(contexts, candidates)
         features = dict(self[0].tokenizer.pad(rows, padding=True, return_tensors="pt"))
         if not self._knows_segments():
             features.pop("token_type_ids", None)
@@ -213,13 +224,14 @@ class CrossEncoder(sentence_transformers.CrossEncoder):
 class _PairTokenizer:
     """Texts to rows of token ids: each side cut on its own side, the tokenizer's own special tokens between."""
 
-    def __init__(self, tokenizer: Any, keep_context: int, keep_candidate: int, prompt: str | None) -> None:
+    def __init__(self, tokenizer: Any, keep_context: int, keep_candidate: int, room: int, prompt: str | None) -> None:
         self.tokenizer = tokenizer
         self.keep_candidate = keep_candidate
         self.prompt: list[int] = self._encoded([prompt])[0] if prompt else []
         self.keep_context = keep_context - len(self.prompt)
+        self.room = room - len(self.prompt)
         self.frame = self._frame() if tokenizer.is_fast else None
-        if self.keep_context < 1:
+        if self.keep_context < 1 or self.room < 2:
             raise ValueError(
                 f"The prompt {prompt!r} alone fills the {keep_context} tokens kept of a context. Shorten it."
             )
@@ -248,12 +260,13 @@ class _PairTokenizer:
         return [row.ids[parts[i]] for i in (0, 2, 4)], [row.type_ids[part] for part in parts]
 
     def _row(self, context: list[int], candidate: list[int]) -> dict[str, list[int]]:
-        context = self.prompt + context[-self.keep_context :]
-        candidate = candidate[: self.keep_candidate]
+        candidate = candidate[: min(self.keep_candidate, self.room - 1)]
+        kept = min(len(context), self.keep_context, self.room - len(candidate))
+        context = self.prompt + context[len(context) - kept :]
         if self.frame is None:
             return dict(self.tokenizer.prepare_for_model(context, candidate, return_token_type_ids=True))
         (before, between, after), (first, second, third, fourth, fifth) = self.frame
-        if getattr(self.tokenizer, "cuts_special_tokens", False):
+        if getattr(self.tokenizer, "cuts_as_parlai", False):
             after = after[: self.keep_candidate - len(candidate)]
         ids = [*before, *context, *between, *candidate, *after]
         kinds = [*first, *second[:1] * len(context), *third, *fourth[:1] * len(candidate), *fifth[: len(after)]]

@@ -41,7 +41,11 @@ def load_model(path: str, **kwargs: Any) -> PolyEncoder | BiEncoder | CrossEncod
         return _CLASSES[model_type](path, **kwargs)
     config = _read_json(path, "config.json", hub)
     if config is None:
-        raise OSError(f"There is no saved model at {path}: it has no config.json. Check the folder or the Hub id.")
+        if Path(path, "model.opt").is_file():
+            raise ValueError(f"{path} is a checkpoint of ParlAI. Convert it first: poly-encoders convert-parlai.")
+        raise OSError(
+            f"There is no saved model at {path}: no config.json. Check the folder, or the Hub id and the network."
+        )
     if config.get("model_type") == "poly-encoder":
         return PolyEncoder(path, **kwargs)
     if any(name.endswith("ForSequenceClassification") for name in config.get("architectures") or []):

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from poly_encoders.conversations import candidate_texts, context_text
+from poly_encoders.conversations import candidate_texts, checked_text, context_text
 
 Sample = dict[str, Any]  # {"context": ..., "candidates": [...], "label": index}
 
@@ -36,7 +36,7 @@ class RankingTask:
     """One of the tasks: what to give it, and what the paper reports."""
 
     title: str
-    num_candidates: int  # C of R@k/C
+    num_candidates: int | None  # C of R@k/C
     at_k: tuple[int, ...]
     files: tuple[str, ...]  # names as published, in the order of `read`'s arguments; in brackets what may be left out
     read: Callable[..., RankingSets]
@@ -59,7 +59,8 @@ def read_task(name: str, files: Sequence[Path], max_examples: int | None = None)
     task = TASKS[name]
     needed = sum(not file.startswith("[") for file in task.files)
     if not needed <= len(files) <= len(task.files):
-        raise ValueError(f"{task.title} is read from {' '.join(task.files)}, but {len(files)} files were given.")
+        names = " ".join(file.strip("[]") for file in task.files)
+        raise ValueError(f"Expected the files of {task.title}, {names}, but got {len(files)}.")
     sets = task.read(*files)
     if not sets.samples:
         raise ValueError(f"{files[0]} holds no example of {task.title}. Check that it is {task.files[0]}.")
@@ -110,18 +111,20 @@ def read_dstc7(path: Path, answers: Path | None = None) -> RankingSets:
     samples = []
     for position, example in enumerate(_json(path)):
         try:
-            said = [
-                (message["speaker"].replace("_", " "), message["utterance"]) for message in example["messages-so-far"]
-            ]
-            options = [option["utterance"] for option in example["options-for-next"]]
+            context = "".join(
+                f"{checked_text(message['speaker']).replace('_', ' ')}: {checked_text(message['utterance'])}\n"
+                for message in example["messages-so-far"]
+            )
+            options = candidate_texts([option["utterance"] for option in example["options-for-next"]])
             own = [option["utterance"] for option in example.get("options-for-correct-answers", [])]
-            right = own[0] if own else replies[str(example["example-id"])]
-        except (KeyError, TypeError, AttributeError) as error:
+            right = checked_text(own[0] if own else replies[str(example["example-id"])])
+        except KeyError as error:
             raise ValueError(
                 f"Example {position} of {path} lacks {error}. Expected DSTC7's subtask 1; its test set needs the "
                 "answers as a second file, ubuntu_responses_subtask_1.tsv."
             ) from error
-        context = "".join(f"{speaker}: {utterance}\n" for speaker, utterance in said)
+        except (TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"Example {position} of {path}: {error}") from error
         if right not in options:
             options = [right, *options]
         samples.append({"context": context, "candidates": options, "label": options.index(right)})
@@ -176,6 +179,8 @@ def read_json_lines(path: Path) -> RankingSets:
             raise ValueError(f"Line {position} of {path}: {error}") from error
         if isinstance(label := sample.get("label", 0), bool) or not isinstance(label, int):
             raise ValueError(f"Line {position} of {path}: label is {label!r}, expected the right candidate's position.")
+        if not 0 <= label < (number := len(sample["candidates"])):
+            raise ValueError(f"Line {position} of {path} has {number} candidates, but its label is {label}.")
         samples.append(sample)
     return RankingSets(samples)
 
@@ -197,16 +202,19 @@ TASKS = {
         ("wikipedia_test10k.txt", "wikipedia_test_basedocs.txt"),
         read_wikipedia,
     ),
-    "jsonl": RankingTask("your own ranking sets", 0, (1, 2, 5, 10), ("sets.jsonl",), read_json_lines),
+    "jsonl": RankingTask("ranking sets of one's own", None, (1, 2, 5, 10), ("sets.jsonl",), read_json_lines),
 }
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """The lines of a text file that are not blank, without their ends, and their numbers from 1."""
     with path.open(encoding="utf-8") as stream:
-        for number, line in enumerate(stream, start=1):
-            if line.strip():
-                yield number, line.rstrip("\r\n")
+        try:
+            for number, line in enumerate(stream, start=1):
+                if line.strip():
+                    yield number, line.rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8 text ({error}). Unpack it first if it is an archive.") from error
 
 
 def _rows(path: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
@@ -217,6 +225,8 @@ def _rows(path: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
             yield reader.line_num, row
     except csv.Error as error:
         raise ValueError(f"Line {reader.line_num} of {path} is no CSV ({error}).") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}). Unpack it first if it is an archive.") from error
 
 
 def _json(path: Path) -> list[Any]:

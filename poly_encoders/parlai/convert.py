@@ -84,6 +84,7 @@ def convert_parlai_checkpoint(
     model = build[parts.settings.kind](parts)
     parts.weights.check_empty()
     model.eval()
+    model.model_card_data.add_tags("parlai")
     model.save_pretrained(str(output_dir))
     return model
 
@@ -104,12 +105,12 @@ def take_apart(model_file: str | os.PathLike[str]) -> Parts:
 
 
 def _mention_positions(settings: Settings, positions: int) -> None:
-    context = math.inf if settings.text_truncate is None else settings.text_truncate + 2
+    context = math.inf if settings.max_context_length is None else settings.max_context_length
     candidate = math.inf if settings.label_truncate is None else settings.label_truncate
     if (context + candidate if settings.kind == "cross" else max(context, candidate)) > positions:
         logger.warning(
-            "The checkpoint has positions for %d tokens, less than its options allow: longer texts are cut, where "
-            "ParlAI would fail.",
+            "The checkpoint has positions for %d tokens, less than its options allow. Longer texts (pairs, for a "
+            "Cross-encoder) are cut, where ParlAI would fail.",
             positions,
         )
 
@@ -125,7 +126,7 @@ def _poly_encoder(parts: Parts) -> PolyEncoder:
         code_attention=settings.code_attention,
         final_attention=settings.final_attention,
         output_scaling=settings.output_scaling,
-        max_context_length=None if settings.text_truncate is None else settings.text_truncate + 2,
+        max_context_length=settings.max_context_length,
         max_candidate_length=settings.label_truncate,
         turn_separator=settings.turn_separator,
         max_turns=settings.max_turns,
@@ -149,20 +150,18 @@ def _poly_encoder(parts: Parts) -> PolyEncoder:
 
 def _bi_encoder(parts: Parts) -> BiEncoder:
     context, candidate = parts.encoders
-    for prefix, encoder in (("context_encoder", context), ("cand_encoder", candidate)):
-        short = {"context_encoder": "embeddings.weight", "cand_encoder": "cand_embeddings.weight"}[prefix]
-        parts.weights.drop_copy(short, encoder["embeddings.weight"])
+    parts.weights.drop_copy("embeddings.weight", context["embeddings.weight"])
+    parts.weights.drop_copy("cand_embeddings.weight", candidate["embeddings.weight"])
     for name, tensor in context.items():
         parts.weights.drop_copy(f"memory_transformer.{name}", tensor)
     settings = parts.settings
-    pooling = "mean" if settings.reduction == "mean" else "cls"
     sides: dict[str, list[Module]] = {}
     for position, side in enumerate(("query", "document")):
         encoder = _transformer(parts, position)
-        sides[side] = [encoder, Pooling(encoder.get_embedding_dimension(), pooling)]
+        sides[side] = [encoder, Pooling(encoder.get_embedding_dimension(), settings.pooling)]
     return BiEncoder(
         modules=[Router(sides, allow_empty_key=False)],
-        max_context_length=None if settings.text_truncate is None else settings.text_truncate + 2,
+        max_context_length=settings.max_context_length,
         max_candidate_length=settings.label_truncate,
         turn_separator=settings.turn_separator,
         max_turns=settings.max_turns,
@@ -177,29 +176,15 @@ def _cross_encoder(parts: Parts) -> CrossEncoder:
     head = Dense(width, 1, activation_function=nn.Identity(), module_output_name="scores")
     weight, bias = parts.weights.take("linear_layer.weight", 2), parts.weights.take("linear_layer.bias", 1)
     load(head, {"linear.weight": weight, "linear.bias": bias})
-    context, candidate = _pair_limits(settings, parts.config(0).max_position_embeddings)
     return CrossEncoder(
-        modules=[encoder, Pooling(width, "mean" if settings.reduction == "mean" else "cls"), head],
-        max_context_length=context,
-        max_candidate_length=candidate,
+        modules=[encoder, Pooling(width, settings.pooling), head],
+        # Special tokens are not counted here; of a long candidate, which loses its end token, the first one is left.
+        max_context_length=settings.text_truncate,
+        max_candidate_length=None if settings.label_truncate is None else settings.label_truncate - 1,
         turn_separator=settings.turn_separator,
         max_turns=settings.max_turns,
         device="cpu",
     )
-
-
-def _pair_limits(settings: Settings, positions: int) -> tuple[int, int]:
-    """Tokens kept of a context and of a candidate in a pair, the four special tokens not counted.
-
-    Where ParlAI's limits together are more than the encoder has positions for, it fails on long texts; here the context
-    gives way.
-    """
-    room = positions - 4
-    # The candidate's limit counts its start token, and its end token, which a long one loses to its last token.
-    candidate = room // 4 if settings.label_truncate is None else settings.label_truncate - 1
-    candidate = max(1, min(candidate, room - 1))
-    context = room - candidate
-    return context if settings.text_truncate is None else min(context, settings.text_truncate), candidate
 
 
 def _transformer(parts: Parts, position: int) -> Transformer:

@@ -42,6 +42,9 @@ def read_files(model_file: str | os.PathLike[str]) -> ParlAIFiles:
     path = Path(model_file)
     if path.is_dir():
         path = path / "model"
+    for suffix in (".dict.codecs", ".dict.opt", ".dict", ".opt"):
+        if path.name.endswith(suffix):
+            raise ValueError(f"{path} belongs to a checkpoint; name its model file, {path.name.removesuffix(suffix)}.")
     beside = {suffix: path.with_name(path.name + suffix) for suffix in ("", ".opt", ".dict", ".dict.codecs")}
     if missing := [file.name for file in beside.values() if not file.is_file()]:
         names = ", ".join(file.name for file in beside.values())
@@ -89,7 +92,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             f"{path} is refused: it is no file of plain tensors. It is damaged, or a pickle that asks to run code "
             f"when it is opened, which is never done here ({wanted[0] if wanted else type(error).__name__})."
         ) from error
+    except PermissionError:
+        raise
     except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError, OSError) as error:
+        # All that torch and its unpickler stumble over in a damaged file.
         raise ValueError(f"{path} is truncated or corrupted ({error or 'it is empty'}). Download it again.") from error
     weights = saved.get("model") if isinstance(saved, dict) else None
     if not isinstance(weights, dict):
@@ -102,7 +108,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def read_dictionary(path: Path) -> list[str]:
-    r"""The tokens of `model.dict`: `token<TAB>count` lines, with `\n`, `\t` and `\r` written out."""
+    r"""The tokens of `model.dict`: `token<TAB>count` lines, with `\n`, `\t` and `\r` written out.
+
+    Raises:
+        ValueError: there is none.
+    """
     tokens = []
     with path.open(encoding="utf-8", errors="ignore") as lines:
         for line in lines:

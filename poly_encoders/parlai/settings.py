@@ -20,9 +20,9 @@ _AGENTS: dict[str, tuple[Kind, set[str]]] = {
     "crossencoder": ("cross", {"", "CrossencoderAgent"}),
 }
 
-# option -> (values that can be carried over; why). It must be there: defaults changed between versions of ParlAI.
+# option -> (values that can be carried over; why). It must be there: it decides what a layer or a head computes.
 _CHOICES: dict[str, tuple[tuple[str, ...], str]] = {
-    "variant": (("xlm",), "of ParlAI's layers only xlm's are BERT's"),
+    "variant": (("xlm",), "other variants have other layers, or have not been checked against the original"),
     "activation": (("gelu", "relu"), "other activations are not ParlAI's"),
     "reduction_type": (("mean", "first"), "with max, which counts padding, a score would depend on its batch"),
     "dict_tokenizer": (("bpe",), "only subword-nmt's byte-pair codes can be carried over"),
@@ -33,7 +33,7 @@ _CHOICES_POLY: dict[str, tuple[tuple[str, ...], str]] = {
     "codes_attention_type": (("basic", "sqrt"), "the code attention has no weights of its own"),
 }
 
-# option -> why it must be off, which it is as well where it is absent.
+# option -> why it must be off. Where it is absent it is taken to be off; if it was on, the weights give it away.
 _OFF: dict[str, str] = {
     "history_reversed": "turns are read oldest first",
     "split_lines": "a turn of several lines stays one turn",
@@ -77,6 +77,16 @@ class Settings:
     end_token: str
     unk_token: str
     sizes: dict[str, int]  # what the options say of the tensors' sizes, under ParlAI's names
+
+    @property
+    def max_context_length(self) -> int | None:
+        """`text_truncate` with the start and end tokens, which come on top of it."""
+        return None if self.text_truncate is None else self.text_truncate + 2
+
+    @property
+    def pooling(self) -> Literal["mean", "cls"]:
+        """`reduction` under sentence-transformers' name."""
+        return "mean" if self.reduction == "mean" else "cls"
 
 
 class _Reader:
@@ -204,9 +214,10 @@ def _read_poly(read: _Reader, chosen: dict[str, Any]) -> None:
 def _kind(model: Any) -> Kind:
     path, _, agent_class = str(model).partition(":")
     *_, family, name = ["", *path.replace(".", "/").split("/")]
-    kind, classes = _AGENTS.get(name, ("poly", set()))
-    if family == "transformer" and agent_class in classes:
-        return kind
+    if family == "transformer" and name in _AGENTS:
+        kind, classes = _AGENTS[name]
+        if agent_class in classes:
+            return kind
     raise ValueError(
         f"The checkpoint is of the agent {model!r}; transformer/polyencoder, transformer/biencoder and "
         "transformer/crossencoder can be converted."
@@ -232,6 +243,10 @@ def _sizes(read: _Reader, kind: Kind) -> dict[str, int]:
 
 
 def _mention_harmless(options: dict[str, Any]) -> None:
+    """Warn of what was assumed, and of what changes no score but a user should know."""
+    defaults = {"history_size": -1, "delimiter": "\n", "truncate": 1024, "dropout": 0, "attention_dropout": 0}
+    if assumed := [f"{name}={value!r}" for name, value in defaults.items() if name not in options]:
+        logger.warning("model.opt lacks some options; ParlAI's defaults are assumed: %s.", ", ".join(assumed))
     if options.get("relu_dropout"):
         logger.warning(
             "relu_dropout=%s has no counterpart: scores are the same, further training goes without it.",

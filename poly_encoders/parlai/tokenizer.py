@@ -47,10 +47,20 @@ class ParlAITokenizer(PreTrainedTokenizerFast):
     ids from `first_alias` on stand for the unknown token, except those that `special_aliases` maps to another id.
     """
 
-    #: Right truncation counts the special tokens in, and may cut the last one off.
-    cuts_special_tokens = True
+    _real_ids: np.ndarray | None = None  # what each id of the vocabulary stands for
+
+    @property
+    def cuts_as_parlai(self) -> bool:
+        """Whether a text cut on the right has its special tokens counted in, and may lose the last one.
+
+        False for a tokenizer that was not converted: AutoTokenizer loads one with this class where a Poly-encoder's
+        folder names none.
+        """
+        return "num_aliases" in self.init_kwargs
 
     def _encode_plus(self, text: Any, text_pair: Any = None, **options: Any) -> BatchEncoding:
+        if not self.cuts_as_parlai:
+            return super()._encode_plus(text, text_pair, **options)
         text, text_pair = _readable(text), _readable(text_pair)
         if not self._cuts_on_the_right(text, text_pair, options):
             return self._without_aliases(super()._encode_plus(text, text_pair, **options))
@@ -78,7 +88,7 @@ class ParlAITokenizer(PreTrainedTokenizerFast):
         )
 
     def _cuts_on_the_right(self, text: Any, text_pair: Any, options: dict[str, Any]) -> bool:
-        pairs = text_pair is not None or any(isinstance(item, tuple) for item in text)
+        pairs = text_pair is not None or (not isinstance(text, str) and any(isinstance(item, tuple) for item in text))
         return (
             not pairs
             and self.truncation_side == "right"
@@ -90,14 +100,14 @@ class ParlAITokenizer(PreTrainedTokenizerFast):
         )
 
     def _without_aliases(self, encoded: BatchEncoding) -> BatchEncoding:
-        first, number = self.init_kwargs.get("first_alias", 0), self.init_kwargs.get("num_aliases", 0)
-        if number == 0:
-            return encoded
-        real = np.arange(max(len(self), first + number))
-        real[first : first + number] = self.unk_token_id
-        for alias, target in self.init_kwargs.get("special_aliases", {}).items():
-            real[int(alias)] = target
-        encoded["input_ids"] = _looked_up(encoded["input_ids"], real)
+        if self._real_ids is None or len(self._real_ids) < len(self):  # tokens may have been added since
+            first, number = self.init_kwargs["first_alias"], self.init_kwargs["num_aliases"]
+            real = np.arange(max(len(self), first + number))
+            real[first : first + number] = self.unk_token_id
+            for alias, target in self.init_kwargs["special_aliases"].items():
+                real[int(alias)] = target
+            self._real_ids = real
+        encoded["input_ids"] = _looked_up(encoded["input_ids"], self._real_ids)
         return encoded
 
 

@@ -71,8 +71,8 @@ class Weights:
         copy = self._left.pop(name, original)
         if copy.shape != original.shape or not torch.equal(copy.to(torch.float32), original):
             raise ValueError(
-                f"The checkpoint's weight {name!r} should be a second name of another tensor, but differs from it. "
-                "A Bi-encoder with memories of its own cannot be converted."
+                f"The checkpoint's weight {name!r} should be a second name of another tensor, but differs from it: it "
+                "has a part of its own, which has no place here."
             )
 
     def names(self, prefix: str = "") -> list[str]:

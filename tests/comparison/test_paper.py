@@ -9,7 +9,7 @@ from transformers import BertConfig
 
 import paper
 from parlai_original import sample_text, write_checkpoint
-from poly_encoders import BiEncoder
+from poly_encoders import BiEncoder, CrossEncoder
 from poly_encoders.modeling import PolyEncoderConfig, PolyEncoderModel
 from poly_encoders.parlai import convert_parlai_checkpoint
 
@@ -34,6 +34,8 @@ KINDS = list(
         ["basic", "sqrt"],
     )
 )
+# Each kind with separate encoders; one of each kind of context vectors with a shared one, which changes no equation.
+MODELS = [(*kind, False) for kind in KINDS] + [(*kind, True) for kind in KINDS[::12]]
 
 
 def texts(count: int, longest: int, generator: torch.Generator) -> list[list[int]]:
@@ -57,9 +59,11 @@ def outputs(model: PolyEncoderModel, side: str, ids: list[int]) -> list[list[flo
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize(("context_vectors", "candidate_vector", "code_attention", "final_attention"), KINDS)
+@pytest.mark.parametrize(
+    ("context_vectors", "candidate_vector", "code_attention", "final_attention", "share_encoders"), MODELS
+)
 @torch.no_grad()
-def test_poly_encoder(context_vectors, candidate_vector, code_attention, final_attention, size):
+def test_poly_encoder(context_vectors, candidate_vector, code_attention, final_attention, share_encoders, size):
     num_contexts, longest_context, num_candidates, longest_candidate, m, width = SIZES[size]
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(1)
@@ -75,6 +79,7 @@ def test_poly_encoder(context_vectors, candidate_vector, code_attention, final_a
     )
     config = PolyEncoderConfig(
         context_encoder=backbone,
+        share_encoders=share_encoders,
         context_vectors=context_vectors,
         num_codes=m,
         candidate_vector=candidate_vector,
@@ -126,10 +131,26 @@ def test_bi_encoder(reduction, share_encoders, num_contexts, num_candidates, che
             assert float(found[row, column]) == pytest.approx(score, rel=1e-5, abs=1e-5)
 
 
+@pytest.mark.parametrize("num_candidates", [1, 3])
+@torch.no_grad()
+def test_cross_encoder(num_candidates, checkpoints):
+    """A new Cross-encoder: BERT's pooler, which is BERT's own way to its first output, belongs to the transformer."""
+    model = CrossEncoder(checkpoints(), device="cpu")
+    bert = model[0].model
+    weight, bias = bert.classifier.weight[0].tolist(), float(bert.classifier.bias)
+    for context in CONTEXTS:
+        pairs = [(context, candidate) for candidate in CANDIDATES[:num_candidates]]
+        for pair, score in zip(pairs, model.predict(pairs), strict=True):
+            features = model.preprocess([pair])
+            first = bert.bert(**{name: features[name] for name in ("input_ids", "token_type_ids", "attention_mask")})
+            found = paper.cross_encoder_score(first.pooler_output.tolist(), weight, bias)
+            assert float(score) == pytest.approx(found, rel=1e-5, abs=1e-5)
+
+
 @pytest.mark.parametrize("num_pairs", [1, 5])
 @torch.no_grad()
-def test_cross_encoder(num_pairs, tmp_path):
-    """The paper's head is one matrix on the first output, as in converted checkpoints; BERT's own has a tanh before."""
+def test_converted_cross_encoder(num_pairs, tmp_path):
+    """The paper's head is one matrix on the first output, and so it is in checkpoints of the original."""
     model = convert_parlai_checkpoint(write_checkpoint(tmp_path / "parlai", "cross"), tmp_path / "converted")
     rng = random.Random(0)
     pairs = [([sample_text(rng, 8)], sample_text(rng, 8)) for _ in range(num_pairs)]

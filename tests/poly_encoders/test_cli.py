@@ -3,8 +3,10 @@
 import json
 import subprocess
 import sys
+from importlib.metadata import entry_points
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from parlai_original import FIXTURES, Original, write_checkpoint
@@ -90,12 +92,26 @@ def test_evaluate(converted, tmp_path):
     assert [file.name for file in out.parent.iterdir()] == ["figures.json"]
 
 
-def test_evaluate_names_the_size_of_the_sets(converted, tmp_path):
-    (tmp_path / "test.csv").write_text("Context,Reply,Distractor\nhi,yes,no,tea\n")
-    result = invoke("evaluate", converted, "ubuntu-v2", tmp_path / "test.csv")
+@pytest.mark.parametrize(("distractors", "shown"), [(9, "R@{}/10"), (2, "R@{}/3")])
+def test_evaluate_names_the_size_that_the_sets_have(distractors, shown, converted, tmp_path):
+    header = ["Context", "Reply", *["Distractor"] * distractors]
+    row = ["hi", "yes", *[f"no {i}" for i in range(distractors)]]
+    (tmp_path / "test.csv").write_text(",".join(header) + "\n" + ",".join(row) + "\n")
+    result = invoke("evaluate", converted, "ubuntu-v2", tmp_path / "test.csv", "--output", tmp_path / "out.json")
     assert result.exit_code == 0, result.output
-    for name in ("R@1/10", "R@2/10", "R@5/10", "Ubuntu V2"):
-        assert name in result.output
+    for k in (1, 2, 5):
+        assert shown.format(k) in result.output
+    assert "Ubuntu V2" in result.output
+    assert ("do not compare with the paper's" in result.output) == (distractors != 9)
+    assert json.loads((tmp_path / "out.json").read_text())["candidates"] == [distractors + 1]
+
+
+def test_sets_of_different_sizes(converted, tmp_path):
+    (tmp_path / "sets.jsonl").write_text(SETS + '{"context": "hi", "candidates": ["no"]}\n')
+    result = invoke("evaluate", converted, "jsonl", tmp_path / "sets.jsonl", "--output", tmp_path / "out.json")
+    assert result.exit_code == 0, result.output
+    assert "R@1 " in result.output
+    assert json.loads((tmp_path / "out.json").read_text())["candidates"] == [1, 3]
 
 
 @pytest.mark.parametrize(
@@ -104,6 +120,7 @@ def test_evaluate_names_the_size_of_the_sets(converted, tmp_path):
         (["nowhere", "jsonl", "{sets}"], "nowhere"),
         (["{model}", "convai2", "{sets}"], "begins with its number"),
         (["{model}", "jsonl", "missing.jsonl"], "missing.jsonl"),
+        ([str(FIXTURES / "bi_mean"), "jsonl", "{sets}"], "Convert it first"),
     ],
 )
 def test_evaluate_says_what_is_wrong(arguments, message, converted, tmp_path):
@@ -112,11 +129,27 @@ def test_evaluate_says_what_is_wrong(arguments, message, converted, tmp_path):
     result = invoke("evaluate", *filled)
     assert result.exit_code == 1
     assert message in result.stderr
+    assert result.stderr.startswith("Error: ")
 
 
-def test_the_installed_command():
-    done = subprocess.run(
-        [sys.executable, "-m", "poly_encoders", "--help"], capture_output=True, text=True, check=True, timeout=120
-    )
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_here(converted, tmp_path):
+    (tmp_path / "sets.jsonl").write_text(SETS)
+    result = invoke("evaluate", converted, "jsonl", tmp_path / "sets.jsonl", "--device", "cuda:0")
+    assert result.exit_code == 1
+    assert "There is no cuda:0" in result.stderr
+
+
+def test_private_concerns_the_hub(tmp_path):
+    result = invoke("convert-parlai", FIXTURES / "bi_mean" / "model", tmp_path / "out", "--private")
+    assert result.exit_code == 2
+    assert "--push-to-hub" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_is_installed():
+    (script,) = entry_points(group="console_scripts", name="poly-encoders")
+    assert script.load() is app
+    done = subprocess.run([sys.executable, "-m", "poly_encoders", "--help"], capture_output=True, text=True, check=True)
     assert "convert-parlai" in done.stdout
     assert "evaluate" in done.stdout

@@ -141,6 +141,9 @@ def test_only_the_first_examples(files):
         ("dstc7", "[", "is not JSON"),
         ("dstc7", '[{"example-id": 1}]', "Example 0.*messages-so-far"),
         ("dstc7", json.dumps(DSTC7), "Example 0.*lacks '7'.*second file"),
+        ("dstc7", json.dumps(DSTC7).replace('"which release?"', "null"), "Example 0.*must be a string"),
+        ("dstc7", json.dumps(DSTC7).replace('"reboot"', "3"), "Example 0.*must be a string"),
+        ("dstc7", '["text"]', "Example 0"),
         ("ubuntu-v2", "Context,Utterance,Label\na,b,1\n", "Line 2.*distractors"),
         ("wikipedia", "one sentence\n", "Line 1.*two sentences"),
         ("jsonl", "{\n", "Line 1.*JSON object"),
@@ -149,6 +152,7 @@ def test_only_the_first_examples(files):
         ("jsonl", '{"context": "a", "candidates": [null]}\n', "Line 1.*must be a string"),
         ("jsonl", '{"context": "a", "candidates": ["a"], "label": "0"}\n', "Line 1.*label is '0'"),
         ("jsonl", '{"context": "a"}\n', "Line 1.*lacks 'candidates'"),
+        ("jsonl", '{"context": "a", "candidates": ["b"], "label": 1}\n', "Line 1.*1 candidates, but its label is 1"),
         ("ubuntu-v2", "Context,Reply,Distractor\n" + "a" * 200_000 + ",b,c\n", "Line 2.*no CSV"),
     ],
 )
@@ -160,7 +164,17 @@ def test_files_of_another_format(task, content, match, files):
 
 
 def test_another_number_of_files(files):
-    with pytest.raises(ValueError, match=r"wikipedia_test10k.txt wikipedia_test_basedocs.txt, but 1"):
+    with pytest.raises(ValueError, match=r"wikipedia_test10k.txt wikipedia_test_basedocs.txt, but got 1"):
         read_task("wikipedia", files["wikipedia"][:1])
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_file_that_is_no_text(task, files):
+    files[task][0].write_bytes(b"\x1f\x8b\x08\x00 an archive")
+    with pytest.raises(ValueError, match=r"UTF-8|not JSON"):
+        read_task(task, files[task])
+
+
+def test_another_task(files):
     with pytest.raises(ValueError, match="no task 'squad'"):
         read_task("squad", files["jsonl"])

@@ -149,3 +149,10 @@ def test_pairs(case):
             vectors = encoder(**inputs).last_hidden_state[:, 0]
             expected = torch.tensor(batch["outputs"]["pair_vectors"][position])
             torch.testing.assert_close(vectors, expected, rtol=0, atol=TOLERANCE)
+
+
+def test_the_card_tells_where_the_model_is_from(case):
+    _, _, model, folder = case
+    card = ModelCard.load(folder / "README.md")
+    assert "parlai" in card.data.tags
+    assert ("converted from a checkpoint of [ParlAI]" in card.content) == isinstance(model, PolyEncoder)

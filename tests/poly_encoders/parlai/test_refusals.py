@@ -37,6 +37,7 @@ def refuse(model_file, output, match, error=ValueError):
         ("poly", "add_p1_after_newln", True),
         ("poly", "history_add_global_end_token", "end"),
         ("poly", "special_tok_lst", "__a__,__b__"),
+        ("poly", "dict_max_ngram_size", 2),
         ("bi", "share_encoders", True),
         ("bi", "use_memories", True),
         ("bi", "wrap_memory_encoder", True),
@@ -72,7 +73,12 @@ def test_other_agents(agent, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "agent", ["transformer/polyencoder:PolyencoderAgent", "parlai.agents.transformer.polyencoder:PolyencoderAgent"]
+    "agent",
+    [
+        "transformer/polyencoder:PolyencoderAgent",
+        "transformer/polyencoder:IRFriendlyPolyencoderAgent",
+        "parlai.agents.transformer.polyencoder:PolyencoderAgent",
+    ],
 )
 def test_agents_may_be_named_by_their_class(agent, tmp_path):
     convert_parlai_checkpoint(write_checkpoint(tmp_path / "parlai", model=agent), tmp_path / "out")
@@ -95,13 +101,15 @@ def test_a_missing_option_is_not_guessed(option, tmp_path):
 @pytest.mark.parametrize(
     "option", ["history_size", "delimiter", "special_tok_lst", "dict_max_ngram_size", "n_encoder_layers", "n_positions"]
 )
-def test_an_option_of_later_versions_may_be_missing(option, tmp_path):
+def test_other_options_may_be_missing(option, tmp_path, caplog):
     model_file = write_checkpoint(tmp_path / "parlai")
     file = tmp_path / "parlai" / "model.opt"
     options = json.loads(file.read_text())
     del options[option]
     file.write_text(json.dumps(options))
     convert_parlai_checkpoint(model_file, tmp_path / "out")
+    if option in ("history_size", "delimiter"):
+        assert f"defaults are assumed: {option}=" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -177,6 +185,12 @@ def test_pickled_options_are_refused(tmp_path):
         b"\x80\x04\x95\x0b\x00\x00\x00\x00\x00\x00\x00}\x94\x8c\x01a\x94K\x01s."
     )
     refuse(model_file, tmp_path / "out", "a pickle can run code")
+
+
+@pytest.mark.parametrize("suffix", [".opt", ".dict", ".dict.codecs"])
+def test_a_neighbour_of_the_model_file(suffix, tmp_path):
+    write_checkpoint(tmp_path / "parlai")
+    refuse(tmp_path / "parlai" / f"model{suffix}", tmp_path / "out", "name its model file, model")
 
 
 @pytest.mark.parametrize("suffix", ["", ".opt", ".dict", ".dict.codecs"])

@@ -1,7 +1,9 @@
 """ParlAI's ids, of any text."""
 
+import json
 import random
 import re
+import shutil
 import sys
 import unicodedata
 
@@ -199,3 +201,21 @@ def test_pairs(tokenizers, originals):
         assert tokenizer([("hi you tea", "tea you")], truncation=True, max_length=7)["input_ids"] == [cut]
         assert len(cut) == 7
     tokenizer.truncation_side = "left"
+
+
+def test_a_tokenizer_that_was_not_converted_is_a_plain_one(saved_poly_encoder, tmp_path):
+    """AutoTokenizer loads a Poly-encoder's tokenizer with our class where no other is named."""
+    shutil.copytree(saved_poly_encoder, tmp_path / "copy")
+    file = tmp_path / "copy" / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    named = settings.pop("tokenizer_class")
+    file.write_text(json.dumps(settings))
+    ours, plain = (AutoTokenizer.from_pretrained(folder) for folder in (tmp_path / "copy", saved_poly_encoder))
+    assert type(ours) is ParlAITokenizer
+    assert named not in ("ParlAITokenizer", None)
+    for tokenizer in (ours, plain):
+        tokenizer.truncation_side = "right"
+    for texts in (["hello", ""], [("hello", ""), ("a", "b")], "hello there"):
+        assert ours(texts)["input_ids"] == plain(texts)["input_ids"]
+        cut = {"truncation": True, "max_length": 4}
+        assert ours(texts, **cut)["input_ids"] == plain(texts, **cut)["input_ids"]

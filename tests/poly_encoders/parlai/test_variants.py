@@ -36,6 +36,7 @@ VARIANTS = {
     "no output scaling": ("poly", {"output_scaling": 1.0}),
     "three turns": ("poly", {"history_size": 3}),
     "all turns": ("poly", {"history_size": -1}),
+    "all turns, written as 0": ("poly", {"history_size": 0}),
     "no truncation": ("poly", {"text_truncate": -1, "label_truncate": -1, "n_positions": 2000}),
     "short truncation": ("poly", {"text_truncate": 3, "label_truncate": 3}),
     "truncation by the common option": ("poly", {"text_truncate": None, "label_truncate": None, "truncate": 12}),
@@ -122,14 +123,40 @@ def test_a_pre_trained_checkpoint_gets_new_codes_and_says_so(tmp_path, caplog):
     torch.testing.assert_close(vectors[0].double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_pair_that_has_no_positions_is_cut_on_the_context(tmp_path):
-    """The original fails on a context this long; what fits scores as there."""
+@pytest.mark.parametrize(
+    ("text_truncate", "label_truncate"), [(1024, 20), (-1, -1), (36, -1), (None, None), (1024, 1024), (-1, 16)]
+)
+def test_a_pair_that_fits_is_read_whole(text_truncate, label_truncate, tmp_path):
+    """The limits of the two sides may together be more than there are positions: 64, here."""
+    options = {"text_truncate": text_truncate, "label_truncate": label_truncate, "truncate": 1024}
+    model = convert_parlai_checkpoint(write_checkpoint(tmp_path / "parlai", "cross", **options), tmp_path / "converted")
+    original = Original(tmp_path / "parlai")
+    sizes = []
+    for context, candidate in [(1, 1), (40, 2), (2, 40), (14, 20), (25, 9), (30, 12)]:
+        text, answer = " ".join(["tea"] * context), " ".join(["sea"] * candidate)
+        size = len(original.context_ids([text])) + len(original.candidate_ids(answer))
+        if size <= 64:
+            sizes.append(size)
+            assert model.rank([text], [answer])[0]["score"] == pytest.approx(original.score([text], answer), abs=1e-5)
+    assert len(sizes) >= 3
+    assert max(sizes) > 44
+
+
+def test_of_a_pair_that_does_not_fit_the_context_gives_way(tmp_path):
+    """The original fails on it."""
     model_file = write_checkpoint(tmp_path / "parlai", "cross", text_truncate=1024, label_truncate=20)
     model = convert_parlai_checkpoint(model_file, tmp_path / "converted")
-    assert model.length_limits() == (64 - 4 - 19, 19)
+    assert model.length_limits() == (64 - 4 - 1, 19)
     original = Original(tmp_path / "parlai")
-    assert model.rank(["hi"], ["no"])[0]["score"] == pytest.approx(original.score(["hi"], "no"), abs=1e-5)
-    assert len(model.rank(["tea " * 200], ["no " * 200])) == 1
+    features = model.preprocess([(["tea you . " * 60], "the sea . " * 60)])
+    candidate = original.candidate_ids("the sea . " * 60)
+    context = original.text_ids("tea you . " * 60)[-(64 - 2 - len(candidate)) :]
+    # The frame leaves room for an end token that this candidate has lost.
+    assert features["input_ids"][0].tolist() == [original.start, *context[1:], original.end, *candidate]
+    assert features["token_type_ids"][0].tolist() == [0] * (len(context) + 1) + [1] * len(candidate)
+    assert model.predict([(["tea " * 200], "no " * 200)], prompt="hello : ").shape == (1,)
+    with pytest.raises(ValueError, match="alone fills"):
+        model.predict([("hi", "no")], prompt="tea " * 60)
 
 
 @pytest.mark.parametrize("kind", CLASSES)
