@@ -34,9 +34,6 @@ _WORD = r"[\p{L}\p{N}_]+|[^\p{L}\p{N}_\s\x1c-\x1f]"
 _CASED, _IGNORABLE = r"[\p{Cased}&&[^\p{Case_Ignorable}]]", r"\p{Case_Ignorable}*"
 _FINAL_SIGMA = rf"{_CASED}{_IGNORABLE}\KΣ(?!{_IGNORABLE}{_CASED})"
 
-# Outputs that are no rows of one value a token. Asked for, they come as `tokenizers` cuts.
-_BEYOND_ROWS = ("return_overflowing_tokens", "return_length")
-
 _SPECIAL_TOKENS = {"__NULL__", "__START__", "__END__", "__UNK__"}
 
 
@@ -72,10 +69,15 @@ class ParlAITokenizer(PreTrainedTokenizerFast):
             "return_tensors": None,
         }
         encoded = self._without_aliases(super()._encode_plus(text, text_pair, **changed))
+        measured = encoded.pop("length", None) is not None
         if isinstance(encoded["input_ids"][0], int):
             rows: dict[str, Any] = {name: value[:limit] for name, value in encoded.items()}
+            lengths = [len(rows["input_ids"])]
         else:
             rows = {name: [row[:limit] for row in value] for name, value in encoded.items()}
+            lengths = [len(row) for row in rows["input_ids"]]
+        if measured:
+            rows["length"] = lengths
         return self.pad(
             BatchEncoding(rows),
             padding=options.get("padding_strategy", PaddingStrategy.DO_NOT_PAD),
@@ -96,7 +98,7 @@ class ParlAITokenizer(PreTrainedTokenizerFast):
             and options.get("truncation_strategy", TruncationStrategy.DO_NOT_TRUNCATE)
             != TruncationStrategy.DO_NOT_TRUNCATE
             and options.get("max_length") is not None
-            and not any(options.get(name) for name in _BEYOND_ROWS)
+            and not options.get("return_overflowing_tokens", False)
         )
 
     def _without_aliases(self, encoded: BatchEncoding) -> BatchEncoding:

@@ -175,6 +175,9 @@ def test_what_else_can_be_asked_of_a_tokenizer_that_cuts_on_the_right(tokenizers
         assert words == tokenizer("tea you .", truncation=True, max_length=3)["input_ids"]
         measured = tokenizer(["tea you ."] * 2, truncation=True, max_length=4, return_length=True)
         assert measured["length"] == [len(row) for row in measured["input_ids"]] == [4, 4]
+        single = tokenizer("tea you .", truncation=True, max_length=4, return_length=True)
+        assert single["length"] == [4]
+        assert single["input_ids"] == measured["input_ids"][0] == tokenizer.encode("tea you .")[:4]
         masked = tokenizer(["tea you .", "."], truncation=True, max_length=3, return_special_tokens_mask=True)
         assert masked["special_tokens_mask"] == [[1, 0, 0], [1, 0, 1]]
     finally:
