@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import sentence_transformers
 from sentence_transformers.base.modules import Transformer
+from sentence_transformers.util import load_file_path
 from torch import nn
 
 from poly_encoders.conversations import TURN_SEPARATOR, Context, candidate_texts, checked_max_turns, context_texts
@@ -197,6 +198,12 @@ class CrossEncoder(sentence_transformers.CrossEncoder):
             raise ValueError(
                 f"{model_name_or_path} is a {model_type}, not a CrossEncoder or an encoder. "
                 f"Load it with {model_type}(path)."
+            )
+        hub = {name: kwargs.get(name) for name in ("token", "cache_folder", "revision")}
+        if load_file_path(model_name_or_path, "router_config.json", **hub) is not None:
+            raise ValueError(
+                f"{model_name_or_path} has an encoder for each side, and a Cross-encoder reads both together. "
+                "Load it with BiEncoder(path), or build a Cross-encoder on the encoder it was trained from."
             )
         return super()._load_converted_modules(model_name_or_path, model_type=model_type, **kwargs)
 

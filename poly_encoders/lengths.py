@@ -1,11 +1,16 @@
 """How many tokens a model can read, and cutting texts to it on the right side."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
 from torch import nn
 from transformers import PreTrainedModel
+
+# A tokenizer has one side at a time, and a server ranks in many threads. One lock for all of them, not one with each
+# tokenizer, because a tokenizer with a lock could be neither copied nor pickled.
+_SIDE_OF_ONE_THREAD = threading.RLock()
 
 # transformers gives this many to a tokenizer that knows no limit.
 _NO_LIMIT = 10**9
@@ -43,13 +48,14 @@ def token_limit(tokenizer: Any, encoder: PreTrainedModel, wanted: int | None = N
 
 @contextmanager
 def truncating(tokenizer: Any, side: Literal["left", "right"]) -> Iterator[None]:
-    """Let `tokenizer` cut long texts on this side within the block."""
-    before = tokenizer.truncation_side
-    tokenizer.truncation_side = side
-    try:
-        yield
-    finally:
-        tokenizer.truncation_side = before
+    """Let `tokenizer` cut long texts on this side within the block, while no other thread is in one."""
+    with _SIDE_OF_ONE_THREAD:
+        before = tokenizer.truncation_side
+        tokenizer.truncation_side = side
+        try:
+            yield
+        finally:
+            tokenizer.truncation_side = before
 
 
 def room_beside_prompt(prompt: str, tokenizer: Any, limit: int) -> int:

@@ -4,6 +4,7 @@ Nothing in them is trusted: weights are read as plain tensors (`weights_only=Tru
 """
 
 import json
+import logging
 import os
 import pickle
 import re
@@ -14,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 _CODES_VERSION = "#version: 0.2"
 
@@ -66,13 +69,12 @@ def read_options(path: Path) -> dict[str, Any]:
     """
     try:
         options = json.loads(path.read_text(encoding="utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is not JSON ({error}). Very old versions of ParlAI pickled their options, and a pickle can run "
-            "code, so it is not opened here. Where you trust it, load and save the model once with a later ParlAI."
-        ) from error
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({error}). Download it again.") from error
+        raise ValueError(
+            f"{path} is not JSON ({error}). If it is damaged, download it again. Very old versions of ParlAI pickled "
+            "their options, and a pickle can run code, so none is opened here: where you trust it, load and save the "
+            "model once with a later ParlAI."
+        ) from error
     if not isinstance(options, dict):
         raise ValueError(f"{path} must hold an object of options, but holds a {type(options).__name__}.")
     return options
@@ -113,6 +115,9 @@ def read_dictionary(path: Path) -> list[str]:
     Raises:
         ValueError: there is none.
     """
+    content = path.read_bytes()
+    if len(content.decode(errors="ignore").encode()) != len(content):
+        logger.warning("%s is not all UTF-8 text. As in ParlAI, the bytes that are none are left out.", path)
     tokens = []
     with path.open(encoding="utf-8", errors="ignore") as lines:
         for line in lines:

@@ -11,6 +11,7 @@ The pieces of a word are merged by the `tokenizers` library. Three habits of Par
 - An empty text is read like any other: its special tokens alone.
 """
 
+import logging
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -23,6 +24,8 @@ from transformers.utils import PaddingStrategy
 
 from poly_encoders.parlai.settings import Settings
 
+logger = logging.getLogger(__name__)
+
 END_OF_WORD = "</w>"  # subword-nmt's mark on the last piece of a word
 _MORE_OF_WORD = "@@"  # ParlAI's mark on every other piece
 
@@ -33,6 +36,8 @@ _WORD = r"[\p{L}\p{N}_]+|[^\p{L}\p{N}_\s\x1c-\x1f]"
 # Python's lower() writes the sigma at the end of a word as ς; Rust's, letter by letter, never does.
 _CASED, _IGNORABLE = r"[\p{Cased}&&[^\p{Case_Ignorable}]]", r"\p{Case_Ignorable}*"
 _FINAL_SIGMA = rf"{_CASED}{_IGNORABLE}\KΣ(?!{_IGNORABLE}{_CASED})"
+
+_PADDED_TO = 8  # half-precision training pads the dictionary to a multiple of this
 
 _SPECIAL_TOKENS = {"__NULL__", "__START__", "__END__", "__UNK__"}
 
@@ -101,6 +106,13 @@ class ParlAITokenizer(PreTrainedTokenizerFast):
             and not options.get("return_overflowing_tokens", False)
         )
 
+    def train_new_from_iterator(self, *args: Any, **kwargs: Any) -> Any:
+        """As upstream's. The new tokenizer has a vocabulary of its own, without aliases, and is a plain one."""
+        tokenizer = super().train_new_from_iterator(*args, **kwargs)
+        for name in ("first_alias", "num_aliases", "special_aliases"):
+            tokenizer.init_kwargs.pop(name, None)
+        return tokenizer
+
     def _without_aliases(self, encoded: BatchEncoding) -> BatchEncoding:
         if self._real_ids is None or len(self._real_ids) < len(self):  # tokens may have been added since
             first, number = self.init_kwargs["first_alias"], self.init_kwargs["num_aliases"]
@@ -161,6 +173,7 @@ def vocabulary(tokens: list[str], merges: list[tuple[str, str]], settings: Setti
             "another checkpoint. Put the right one beside the model."
         )
     special = {settings.null_token, settings.start_token, settings.end_token, settings.unk_token}
+    _mention_gaps([token for token in tokens if token not in special], merges, num_rows - len(tokens))
     padding = [f"__fp16_pad_{i}__" for i in range(num_rows - len(tokens))]
     names = [token if token in special else _piece(token) for token in tokens] + padding
     ids = {name: position for position, name in enumerate(names)}
@@ -180,6 +193,26 @@ def vocabulary(tokens: list[str], merges: list[tuple[str, str]], settings: Setti
             raise ValueError(f"The merges lead to {symbol!r} within a word, which reads like a special token.")
         ids[symbol] = len(ids)
     return Vocabulary(ids, num_rows, targets)
+
+
+def _mention_gaps(tokens: list[str], merges: list[tuple[str, str]], surplus: int) -> None:
+    """Warn where model.dict, model.dict.codecs and the weights look as if lines were missing."""
+    if surplus >= _PADDED_TO:
+        logger.warning(
+            "The model embeds %d more tokens than model.dict has. They are taken for padding, of which half-precision "
+            "training adds at most %d: is the file complete?",
+            surplus,
+            _PADDED_TO - 1,
+        )
+    made = {left + right for left, right in merges}
+    pieces = [_piece(token) for token in tokens if not token.lower().startswith("__fp16_pad_")]
+    unreachable = [piece for piece in pieces if len(piece.removesuffix(END_OF_WORD)) > 1 and piece not in made]
+    if unreachable:
+        logger.warning(
+            "No text leads to %d tokens of model.dict, such as %s: is model.dict.codecs complete?",
+            len(unreachable),
+            ", ".join(map(repr, unreachable[:3])),
+        )
 
 
 def _piece(token: str) -> str:

@@ -134,10 +134,10 @@ def bert_config(encoder: dict[str, Tensor], words: Vocabulary, settings: Setting
             f"The checkpoint is {sizes['embedding_size']} wide, which does not divide into "
             f"n_heads={settings.num_heads}. Its model and model.opt do not belong together."
         )
-    if sizes["n_positions"] < 3:
+    if sizes["n_positions"] < (least := 6 if settings.kind == "cross" else 3):
         raise ValueError(
-            f"The checkpoint has positions for {sizes['n_positions']} tokens, which leaves none beside the start and "
-            "end tokens. Its model and model.opt do not belong together."
+            f"The checkpoint has positions for {sizes['n_positions']} tokens; with the start and end tokens, a text (a "
+            f"pair, for a Cross-encoder) needs at least {least}. Its model and model.opt do not belong together."
         )
     return BertConfig(
         vocab_size=len(words.ids),

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 import tiny
-from poly_encoders import CrossEncoder
+from poly_encoders import BiEncoder, CrossEncoder
 
 CANDIDATES = ["yes", "no, not at all", "it is nine"]
 
@@ -158,3 +158,9 @@ def test_nan_is_an_error_in_predict(model):
         model[0].model.classifier.weight.fill_(float("nan"))
     with pytest.raises(ValueError, match="NaN"):
         model.predict([("a", "b")])
+
+
+def test_a_checkpoint_with_two_encoders_is_refused(checkpoints, tmp_path):
+    BiEncoder(checkpoints(), device="cpu").save_pretrained(str(tmp_path))
+    with pytest.raises(ValueError, match="an encoder for each side"):
+        CrossEncoder(str(tmp_path), device="cpu")

@@ -287,6 +287,34 @@ def test_a_refusal_leaves_the_last_good_conversion(tmp_path):
     assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir() if file.is_file()} == before
 
 
+@pytest.mark.parametrize(
+    ("suffix", "said"),
+    [(".dict", "more tokens than model.dict has"), (".dict.codecs", "is model.dict.codecs complete")],
+)
+def test_a_file_that_lacks_lines_is_mentioned(suffix, said, tmp_path, caplog):
+    model_file = write_checkpoint(tmp_path / "parlai")
+    convert_parlai_checkpoint(model_file, tmp_path / "whole")
+    assert "complete" not in caplog.text
+    file = tmp_path / "parlai" / f"model{suffix}"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:50]))
+    convert_parlai_checkpoint(model_file, tmp_path / "out")
+    assert said in caplog.text
+
+
+def test_a_dictionary_that_is_not_all_text_is_mentioned(tmp_path, caplog):
+    model_file = write_checkpoint(tmp_path / "parlai")
+    file = tmp_path / "parlai" / "model.dict"
+    file.write_bytes(file.read_bytes().replace(b"persona", b"pers\xffona"))
+    convert_parlai_checkpoint(model_file, tmp_path / "out")
+    assert "not all UTF-8" in caplog.text
+
+
+@pytest.mark.parametrize(("kind", "positions"), [("poly", 2), ("bi", 2), ("cross", 5)])
+def test_positions_for_nothing(kind, positions, tmp_path):
+    model_file = write_checkpoint(tmp_path / "parlai", kind, n_positions=positions)
+    refuse(model_file, tmp_path / "out", f"positions for {positions} tokens")
+
+
 def test_harmless_options_are_mentioned(tmp_path, caplog):
     convert_parlai_checkpoint(write_checkpoint(tmp_path / "p", relu_dropout=0.1, use_reply="none"), tmp_path / "out")
     assert "relu_dropout" in caplog.text

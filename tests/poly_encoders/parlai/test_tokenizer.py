@@ -222,3 +222,13 @@ def test_a_tokenizer_that_was_not_converted_is_a_plain_one(saved_poly_encoder, t
         assert ours(texts)["input_ids"] == plain(texts)["input_ids"]
         cut = {"truncation": True, "max_length": 4}
         assert ours(texts, **cut)["input_ids"] == plain(texts, **cut)["input_ids"]
+
+
+def test_a_tokenizer_trained_anew_is_a_plain_one(tokenizers):
+    words = ["anew", "trained", "words", "word", "train", "new"]
+    tokenizer = tokenizers["poly_codes8"].train_new_from_iterator([" ".join(words)] * 5, vocab_size=90)
+    for word in words:
+        assert (
+            tokenizer(word, add_special_tokens=False)["input_ids"]
+            == tokenizer.backend_tokenizer.encode(word, add_special_tokens=False).ids
+        )
