@@ -14,6 +14,8 @@ from poly_encoders.parlai import convert_parlai_checkpoint
 CLASSES = {"poly": PolyEncoder, "bi": BiEncoder, "cross": CrossEncoder}
 
 SIZES = {"embedding_size": 24, "ffn_size": 40, "n_layers": 3, "n_heads": 3, "n_positions": 50}
+# So that a number of turns, not of tokens, decides what is read of the longest conversation.
+LONG = {"text_truncate": -1, "n_positions": 2000}
 VARIANTS = {
     "one code": ("poly", {"poly_n_codes": 1}),
     "first-m vectors": ("poly", {"polyencoder_type": "n_first", "poly_n_codes": 5}),
@@ -34,10 +36,10 @@ VARIANTS = {
     "relu": ("poly", {"activation": "relu"}),
     "scaled embeddings": ("poly", {"embeddings_scale": True}),
     "no output scaling": ("poly", {"output_scaling": 1.0}),
-    "three turns": ("poly", {"history_size": 3}),
-    "all turns": ("poly", {"history_size": -1}),
-    "all turns, written as 0": ("poly", {"history_size": 0}),
-    "no truncation": ("poly", {"text_truncate": -1, "label_truncate": -1, "n_positions": 2000}),
+    "three turns": ("poly", LONG | {"history_size": 3}),
+    "all turns": ("poly", LONG | {"history_size": -1}),
+    "all turns, written as 0": ("poly", LONG | {"history_size": 0}),
+    "no truncation": ("poly", LONG | {"label_truncate": -1}),
     "short truncation": ("poly", {"text_truncate": 3, "label_truncate": 3}),
     "truncation by the common option": ("poly", {"text_truncate": None, "label_truncate": None, "truncate": 12}),
     "a word as delimiter": ("poly", {"delimiter": "and"}),
@@ -49,11 +51,11 @@ VARIANTS = {
     "bi, no segments": ("bi", {"n_segments": 0}),
     "bi, other sizes": ("bi", SIZES),
     "bi, scaled embeddings": ("bi", {"embeddings_scale": True}),
-    "bi, four turns": ("bi", {"history_size": 4, "delimiter": " | "}),
+    "bi, four turns": ("bi", LONG | {"history_size": 4, "delimiter": " | "}),
     "cross, mean": ("cross", {"reduction_type": "mean"}),
     "cross, other sizes": ("cross", SIZES | {"text_truncate": 20, "label_truncate": 8}),
     "cross, short truncation": ("cross", {"text_truncate": 3, "label_truncate": 3}),
-    "cross, two turns": ("cross", {"history_size": 2}),
+    "cross, two turns": ("cross", LONG | {"history_size": 2}),
     "cross, class named too": ("cross", {"model": "transformer/crossencoder:CrossencoderAgent"}),
 }
 
