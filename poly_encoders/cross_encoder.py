@@ -199,7 +199,9 @@ class CrossEncoder(sentence_transformers.CrossEncoder):
                 f"{model_name_or_path} is a {model_type}, not a CrossEncoder or an encoder. "
                 f"Load it with {model_type}(path)."
             )
-        hub = {name: kwargs.get(name) for name in ("token", "cache_folder", "revision")}
+        hub = {
+            name: kwargs[name] for name in ("token", "cache_folder", "revision", "local_files_only") if name in kwargs
+        }
         if load_file_path(model_name_or_path, "router_config.json", **hub) is not None:
             raise ValueError(
                 f"{model_name_or_path} has an encoder for each side, and a Cross-encoder reads both together. "

@@ -14,9 +14,10 @@ import csv
 import json
 import random
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from poly_encoders.conversations import candidate_texts, checked_text, context_text
 
@@ -38,8 +39,9 @@ class RankingTask:
     title: str
     num_candidates: int | None  # C of R@k/C
     at_k: tuple[int, ...]
-    files: tuple[str, ...]  # names as published, in the order of `read`'s arguments; in brackets what may be left out
+    files: tuple[str, ...]  # names as published, in the order of `read`'s arguments
     read: Callable[..., RankingSets]
+    num_optional: int = 0  # how many of the files, the last ones, may be left out
 
 
 def read_task(name: str, files: Sequence[Path], max_examples: int | None = None) -> RankingSets:
@@ -57,10 +59,8 @@ def read_task(name: str, files: Sequence[Path], max_examples: int | None = None)
     if name not in TASKS:
         raise ValueError(f"There is no task {name!r}; choose one of {', '.join(TASKS)}.")
     task = TASKS[name]
-    needed = sum(not file.startswith("[") for file in task.files)
-    if not needed <= len(files) <= len(task.files):
-        names = " ".join(file.strip("[]") for file in task.files)
-        raise ValueError(f"Expected the files of {task.title}, {names}, but got {len(files)}.")
+    if not len(task.files) - task.num_optional <= len(files) <= len(task.files):
+        raise ValueError(f"Expected the files of {task.title}, {' '.join(task.files)}, but got {len(files)}.")
     sets = task.read(*files)
     if not sets.samples:
         raise ValueError(f"{files[0]} holds no example of {task.title}. Check that it is {task.files[0]}.")
@@ -134,7 +134,7 @@ def read_dstc7(path: Path, answers: Path | None = None) -> RankingSets:
 def read_ubuntu_v2(path: Path) -> RankingSets:
     """CSV with a context, the reply to it and nine distractors; `__eou__` ends an utterance, `__eot__` a turn."""
     samples = []
-    with path.open(newline="", encoding="utf-8") as stream:
+    with _opened(path, newline="") as stream:
         for position, row in _rows(path, csv.reader(stream)):
             fields = [text.replace("__eou__", ".").replace("__eot__", "\n").strip() for text in row]
             if len(fields) < 4:
@@ -191,8 +191,9 @@ TASKS = {
         "DSTC7 track 1",
         100,
         (1,),
-        ("ubuntu_test_subtask_1.json", "[ubuntu_responses_subtask_1.tsv]"),
+        ("ubuntu_test_subtask_1.json", "ubuntu_responses_subtask_1.tsv"),
         read_dstc7,
+        num_optional=1,
     ),
     "ubuntu-v2": RankingTask("Ubuntu V2", 10, (1, 2, 5), ("test.csv",), read_ubuntu_v2),
     "wikipedia": RankingTask(
@@ -206,15 +207,21 @@ TASKS = {
 }
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines of a text file that are not blank, without their ends, and their numbers from 1."""
-    with path.open(encoding="utf-8") as stream:
+@contextmanager
+def _opened(path: Path, newline: str | None = None) -> Iterator[TextIO]:
+    with path.open(encoding="utf-8", newline=newline) as stream:
         try:
-            for number, line in enumerate(stream, start=1):
-                if line.strip():
-                    yield number, line.rstrip("\r\n")
+            yield stream
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8 text ({error}). Unpack it first if it is an archive.") from error
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines of a text file that are not blank, without their ends, and their numbers from 1."""
+    with _opened(path) as stream:
+        for number, line in enumerate(stream, start=1):
+            if line.strip():
+                yield number, line.rstrip("\r\n")
 
 
 def _rows(path: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
@@ -225,8 +232,6 @@ def _rows(path: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
             yield reader.line_num, row
     except csv.Error as error:
         raise ValueError(f"Line {reader.line_num} of {path} is no CSV ({error}).") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error}). Unpack it first if it is an archive.") from error
 
 
 def _json(path: Path) -> list[Any]:

@@ -3,6 +3,7 @@
 Nothing in them is trusted: weights are read as plain tensors (`weights_only=True`), options as JSON.
 """
 
+import io
 import json
 import logging
 import os
@@ -116,13 +117,13 @@ def read_dictionary(path: Path) -> list[str]:
         ValueError: there is none.
     """
     content = path.read_bytes()
-    if len(content.decode(errors="ignore").encode()) != len(content):
+    text = content.decode(errors="ignore")
+    if len(text.encode()) != len(content):
         logger.warning("%s is not all UTF-8 text. As in ParlAI, the bytes that are none are left out.", path)
     tokens = []
-    with path.open(encoding="utf-8", errors="ignore") as lines:
-        for line in lines:
-            token = line.strip().split("\t")[0]
-            tokens.append(token.replace("\\n", "\n").replace("\\t", "\t").replace("\\r", "\r"))
+    for line in io.StringIO(text, newline=None):  # ends lines as an open text file does
+        token = line.strip().split("\t")[0]
+        tokens.append(token.replace("\\n", "\n").replace("\\t", "\t").replace("\\r", "\r"))
     if not tokens:
         raise ValueError(f"{path} holds no token. Download it again.")
     return tokens

@@ -97,7 +97,7 @@ class _Reader:
         self.problems: list[str] = []
 
     def choice(self, name: str, values: tuple[str, ...], why: str) -> Any:
-        value = self.options.get(name, "missing")
+        value = self.options.get(name)
         if value not in values:
             self._refuse(name, f"{' or '.join(values)} can be converted; {why}")
         return value

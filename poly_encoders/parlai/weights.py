@@ -75,7 +75,7 @@ class Weights:
                 "has a part of its own, which has no place here."
             )
 
-    def names(self, prefix: str = "") -> list[str]:
+    def names(self, prefix: str) -> list[str]:
         """Names that begin with `prefix`, of what is left."""
         return [name for name in self._left if name.startswith(prefix)]
 
