@@ -136,28 +136,48 @@ def read_ubuntu_v2(path: Path) -> RankingSets:
     samples = []
     with _opened(path, newline="") as stream:
         for position, row in _rows(path, csv.reader(stream)):
-            fields = [text.replace("__eou__", ".").replace("__eot__", "\n").strip() for text in row]
+            fields = [_ubuntu_text(text) for text in row]
             if len(fields) < 4:
                 raise _wrong(path, position, "a context, a reply and distractors (valid.csv or test.csv)", str(row))
             samples.append({"context": fields[0], "candidates": fields[1:], "label": 0})
     return RankingSets(samples)
 
 
+def ubuntu_v2_pairs(path: Path) -> Iterator[Sample]:
+    """The right pairs of Ubuntu V2's `train.csv`, one at a time: `Context,Utterance,Label`, label 1 (1.0) for right."""
+    with _opened(path, newline="") as stream:
+        for position, row in _rows(path, csv.reader(stream)):
+            if len(row) != 3 or row[2].strip() not in ("0", "0.0", "1", "1.0"):
+                raise _wrong(path, position, "a context, an utterance and the label 0 or 1 (train.csv)", str(row))
+            if row[2].strip().startswith("1"):
+                context, reply = (_ubuntu_text(text) for text in row[:2])
+                yield {"context": context, "candidates": [reply], "label": 0}
+
+
 def read_wikipedia(path: Path, documents: Path) -> RankingSets:
+    """Articles as `wikipedia_pairs` reads them, and the documents that every set shares."""
+    shared = [" ".join(line.split("\t")).strip() for _, line in _lines(documents)]
+    return RankingSets(list(wikipedia_pairs(path)), shared)
+
+
+def wikipedia_pairs(path: Path, skip_short: bool = False) -> Iterator[Sample]:
     """Articles, a line each, with tabs between their sentences: one sentence is the query, the rest its article.
 
     Which sentence is drawn by a generator seeded with the line's number, where StarSpace draws anew in every run.
+
+    Args:
+        path: The file.
+        skip_short: Pass over articles of one sentence, as StarSpace does, where otherwise they are an error.
     """
-    samples = []
     for position, line in _lines(path):
         sentences = [text.strip() for text in line.split("\t") if text.strip()]
         if len(sentences) < 2:
+            if skip_short:
+                continue
             raise _wrong(path, position, "an article of two sentences or more, with tabs between them", line)
         query = random.Random(position).randrange(len(sentences))
         article = " ".join(sentences[:query] + sentences[query + 1 :])
-        samples.append({"context": sentences[query], "candidates": [article], "label": 0})
-    shared = [" ".join(line.split("\t")).strip() for _, line in _lines(documents)]
-    return RankingSets(samples, shared)
+        yield {"context": sentences[query], "candidates": [article], "label": 0}
 
 
 def read_json_lines(path: Path) -> RankingSets:
@@ -242,6 +262,10 @@ def _json(path: Path) -> list[Any]:
     if not isinstance(content, list):
         raise ValueError(f"{path} must hold a list of examples, but holds a {type(content).__name__}.")
     return content
+
+
+def _ubuntu_text(text: str) -> str:
+    return text.replace("__eou__", ".").replace("__eot__", "\n").strip()
 
 
 def _sample(turns: list[str], candidates: list[str], reply: str, path: Path, position: int) -> Sample:

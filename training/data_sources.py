@@ -1,43 +1,55 @@
-"""Training data from anywhere: ChitChat, a Hub data set, or local JSONL, CSV and Parquet files.
+"""Training data from anywhere: ChitChat, the paper's tasks, the Hub, saved data sets, JSONL, CSV and Parquet files.
 
 In every data set the first column is the context and the rest are candidates, the right one first.
 """
 
 import random
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, load_dataset
+import pyarrow.parquet as pq
+from datasets import Dataset, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError
 
 from poly_encoders.training.chitchat import chitchat_ranking_sets, load_chitchat
+from poly_encoders.training.data_checks import check_cells, check_json_lines, is_json_lines
+from poly_encoders.training.task_data import TASK_FILES, load_task_examples, load_task_sets
 
 _LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 
 
 def load_examples(
-    source: str, split: str = "train", columns: list[str] | None = None, config_name: str | None = None
+    source: str,
+    split: str = "train",
+    columns: list[str] | None = None,
+    config_name: str | None = None,
+    data_dir: str | None = None,
+    max_negatives: int | None = None,
 ) -> Dataset:
     """A data set of contexts and candidates.
 
     Args:
-        source: `"chitchat"`, a local .jsonl, .json, .csv, .tsv or .parquet file, or a Hub data set id.
-        split: Of ChitChat or the Hub data set; a file is one split.
+        source: `"chitchat"`; one of the paper's tasks, `"convai2"`, `"dstc7"`, `"ubuntu-v2"` or `"wikipedia"`; a local
+            .jsonl, .json, .csv, .tsv or .parquet file; a folder that `save_to_disk` wrote; or a Hub data set id.
+        split: Which one; a file or a folder with a single data set is one split, whatever this says.
         columns: Context, right candidate, further (wrong) candidates; all columns in their order when left out.
         config_name: The Hub data set's configuration.
+        data_dir: The folder with a task's files as published.
+        max_negatives: Columns of wrong candidates to keep, the first ones; all when left out.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a column is missing, or there are fewer than two, or no rows.
+        ValueError: a column is missing, or there are fewer than two, or no rows; a line or a row that cannot be read.
     """
     if source == "chitchat":
         data = load_chitchat(split)  # type: ignore[arg-type]
-    elif (suffix := Path(source).suffix.lower()) in _LOADERS:
-        if not Path(source).is_file():
-            raise FileNotFoundError(
-                f"There is no file {source}. Give a path to a file, 'chitchat' or a Hub data set id."
-            )
-        options: dict[str, Any] = {"delimiter": "\t"} if suffix == ".tsv" else {}
-        data = load_dataset(_LOADERS[suffix], data_files=source, split="train", **options)
+    elif source in TASK_FILES:
+        data = load_task_examples(source, split, data_dir, max_negatives)
+    elif Path(source).suffix.lower() in _LOADERS:
+        data = _load_file(source, columns)
+    elif _is_saved(source):
+        data = _load_saved(source, split)
     else:
         data = load_dataset(source, config_name, split=split)
     if columns:
@@ -47,8 +59,64 @@ def load_examples(
     if len(data.column_names) < 2:
         raise ValueError(f"{source} has the columns {data.column_names}; training needs a context and a candidate.")
     if len(data) == 0:
-        raise ValueError(f"{source} has no rows in split {split!r}.")
+        raise _no_rows(f"{source} has no rows in split {split!r}")
+    if max_negatives is not None:
+        data = data.select_columns(data.column_names[: 2 + max_negatives])
+    if source != "chitchat" and source not in TASK_FILES:
+        check_cells(data, source)
     return data
+
+
+def _load_file(source: str, columns: list[str] | None) -> Dataset:
+    path, suffix = Path(source), Path(source).suffix.lower()
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"There is no file {source}. Give a path to a file, 'chitchat', one of {', '.join(TASK_FILES)}, a folder "
+            "of save_to_disk, or a Hub data set id."
+        )
+    if _has_no_rows(path):
+        raise _no_rows(f"{source} has no rows")
+    options: dict[str, Any] = {"delimiter": "\t"} if suffix == ".tsv" else {}
+    if _LOADERS[suffix] == "csv":
+        options["keep_default_na"] = False  # or replies such as "None", "null" and "NA" would count as missing
+    try:
+        return load_dataset(_LOADERS[suffix], data_files=source, split="train", **options)
+    except (DatasetGenerationError, ValueError, TypeError) as error:
+        if is_json_lines(source):
+            check_json_lines(path, columns)
+        raise ValueError(f"{source} cannot be read: {error.__cause__ or error}. Check the file.") from error
+
+
+def _has_no_rows(path: Path) -> bool:
+    """Whether a file is empty or has nothing but a header, of which upstream's errors tell little."""
+    if path.stat().st_size == 0:
+        return True
+    if path.suffix.lower() == ".parquet":
+        return pq.read_metadata(path).num_rows == 0
+    header = 0 if _LOADERS[path.suffix.lower()] == "json" else 1
+    with path.open("rb") as stream:
+        return sum(1 for _ in islice((line for line in stream if line.strip()), header + 1)) <= header
+
+
+def _is_saved(source: str) -> bool:
+    return any(Path(source, name).is_file() for name in ("state.json", "dataset_dict.json"))
+
+
+def _load_saved(source: str, split: str) -> Dataset:
+    folder = Path(source)
+    if (folder / "dataset_dict.json").is_file():
+        splits = sorted(path.parent.name for path in folder.glob("*/state.json"))
+        if split not in splits:
+            raise _no_rows(f"{source} has the splits {', '.join(splits)}, but not {split!r}")
+        folder /= split
+    try:
+        return load_from_disk(str(folder))
+    except IndexError as error:  # upstream's for a data set without rows, which has no file
+        raise _no_rows(f"{source} has no rows in split {split!r}") from error
+
+
+def _no_rows(problem: str) -> ValueError:
+    return ValueError(f"{problem}. Name another split or file; to train without evaluation, give --eval_split null.")
 
 
 def sample_examples(data: Dataset, limit: int | None, seed: int) -> Dataset:
@@ -64,16 +132,21 @@ def load_ranking_sets(
     limit: int | None = None,
     columns: list[str] | None = None,
     config_name: str | None = None,
+    data_dir: str | None = None,
 ) -> list[dict[str, Any]]:
     """Ranking sets for `CandidateRankingEvaluator`: the right candidate first, wrong ones filled up to `size`.
 
-    Wrong candidates of the row's own columns come first; the rest are the right ones of other rows, seeded.
+    Wrong candidates of the row's own columns come first; the rest are the right ones of other rows, seeded. The paper's
+    tasks have sets of their own, of a size of their own; Wikipedia's go with `load_shared_candidates`.
 
     Raises:
-        ValueError: the data holds fewer different candidates than a set needs.
+        ValueError: the data holds fewer different candidates than a set needs; otherwise as `load_examples`.
     """
     if source == "chitchat":
         return chitchat_ranking_sets(split, size, seed, limit)  # type: ignore[arg-type]
+    if source in TASK_FILES:
+        own = load_task_sets(source, split, data_dir).samples
+        return own if limit is None or limit >= len(own) else random.Random(seed).sample(own, limit)
     data = load_examples(source, split, columns, config_name)
     context_column, right_column, *wrong_columns = data.column_names
     pool = list(dict.fromkeys(data[right_column]))
@@ -96,3 +169,11 @@ def load_ranking_sets(
                 break
         sets.append({"context": row[context_column], "candidates": candidates, "label": 0})
     return sets
+
+
+def load_shared_candidates(source: str, split: str, data_dir: str | None = None) -> list[str]:
+    """Candidates that every ranking set has beside its own: `CandidateRankingEvaluator`'s `shared_candidates`.
+
+    Only Wikipedia's sets have any; elsewhere the list is empty.
+    """
+    return load_task_sets(source, split, data_dir).shared_candidates if source == "wikipedia" else []

@@ -1,22 +1,237 @@
-"""The loss of the two-sided encoders: Humeau et al., arXiv:1905.01969, sections 4.2 and 4.4."""
+"""The losses: Humeau et al., arXiv:1905.01969, sections 4 and 5.2, and what came after them.
 
-from typing import Any
+`InBatchNegativesLoss` trains the two-sided encoders, `SampledNegativesLoss` the Cross-encoder. Both are the
+cross-entropy of the right candidate's raw score among those of wrong ones, and both can learn from a teacher as well.
+"""
 
-from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from sentence_transformers.base.losses.gradcache import CachedLossMixin
+from sentence_transformers.base.losses.merged_forward import embed_columns
+from sentence_transformers.util import all_gather, all_gather_with_grad, get_rank
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, kl_div, mse_loss
+
+# Odd 64-bit constants of splitmix64 (Steele et al., OOPSLA 2014), as signed numbers.
+_STEP, _FIRST, _SECOND = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
 
 
-class InBatchNegativesLoss(MultipleNegativesRankingLoss):
+@dataclass(frozen=True)
+class Distillation:
+    """How a student learns from a teacher's scores of its own candidates.
+
+    Args:
+        kind: `"kl"`, the divergence of the student's distribution from the teacher's (Hinton et al., arXiv:1503.02531);
+            or `"margin_mse"`, the squared error of the right candidate's lead over each wrong one (Hofstätter et al.,
+            arXiv:2010.02666).
+        weight: Share of the loss that is the teacher's, from 0 to 1; the rest is the contrastive one.
+        temperature: Of both distributions in `"kl"`, whose loss is scaled by its square.
+    """
+
+    kind: Literal["kl", "margin_mse"] = "kl"
+    weight: float = 0.5
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("kl", "margin_mse"):
+            raise ValueError(f"distillation is 'kl' or 'margin_mse', not {self.kind!r}.")
+        if not 0.0 <= self.weight <= 1.0:
+            raise ValueError(f"distillation_weight must be from 0 to 1, got {self.weight}.")
+        if not self.temperature > 0.0:
+            raise ValueError(f"distillation_temperature must be above 0, got {self.temperature}.")
+
+    def mix(self, contrastive: Tensor, scores: Tensor, teacher: Tensor | None) -> Tensor:
+        """The whole loss.
+
+        Args:
+            contrastive: Scalar.
+            scores: `(batch, 1 + n)`, the student's, of the row's own candidates, the right one first.
+            teacher: `(batch, 1 + n)`, the teacher's.
+
+        Raises:
+            ValueError: the teacher's scores are missing, or are of other candidates.
+        """
+        if teacher is None or teacher.shape != scores.shape:
+            came = "none" if teacher is None else f"scores of shape {tuple(teacher.shape)}"
+            raise ValueError(
+                f"Distillation needs a teacher's score of each of a row's {scores.shape[1]} candidates, (batch, "
+                f"{scores.shape[1]}) in all; got {came}. Add the column `scores` with training/distill.py."
+            )
+        if scores.shape[1] < 2:
+            raise ValueError("Distillation compares candidates, so each row needs a wrong one besides the right one.")
+        return (1.0 - self.weight) * contrastive + self.weight * self.divergence(scores, teacher)
+
+    def divergence(self, scores: Tensor, teacher: Tensor) -> Tensor:
+        """How far the student is from the teacher: scalar, of `(batch, 1 + n)` scores of both."""
+        teacher = teacher.to(scores)
+        if self.kind == "margin_mse":
+            return mse_loss(scores[:, :1] - scores[:, 1:], teacher[:, :1] - teacher[:, 1:])
+        log_student = (scores / self.temperature).log_softmax(dim=1)
+        log_teacher = (teacher / self.temperature).log_softmax(dim=1)
+        return kl_div(log_student, log_teacher, reduction="batchmean", log_target=True) * self.temperature**2
+
+
+class InBatchNegativesLoss(CachedLossMixin, nn.Module):
     """Cross-entropy of the right candidate's score among those of the whole batch, with raw scores as logits.
+
+    Another row's candidate that is the same text as the right one, or the right one of the same context, is no wrong
+    candidate and is left out of the sum.
 
     Args:
         model: A `PolyEncoder` or a `BiEncoder`, whose own `similarity` scores.
-        **kwargs: Further options of `MultipleNegativesRankingLoss`, such as `gather_across_devices`.
+        gather_across_devices: Count the candidates of all processes, with gradients to each; their batches must be
+            equally large.
+        mini_batch_size: Encode so many texts at a time and keep no activations but theirs: the gradients of the whole
+            batch in the memory of this one, for a second forward pass (Gao et al., arXiv:2101.06983). `None` keeps all.
+        mask_duplicates: Leave right candidates out of the wrong ones, as said.
+        distillation: Learn from a teacher's scores too.
 
-    Inputs: `(context, right candidate)` or `(context, right candidate, wrong candidate, ...)` columns.
+    Inputs: `(context, right candidate)` or `(context, right candidate, wrong candidate, ...)` columns; as labels, where
+        there is a teacher, its `(batch, 1 + n)` scores of each row's own candidates.
     """
 
-    def __init__(self, model: Any, **kwargs: Any) -> None:
-        super().__init__(model, scale=1.0, similarity_fct=model.similarity, **kwargs)
+    def __init__(
+        self,
+        model: Any,
+        gather_across_devices: bool = False,
+        mini_batch_size: int | None = None,
+        mask_duplicates: bool = True,
+        distillation: Distillation | None = None,
+    ) -> None:
+        super().__init__()
+        if mini_batch_size is not None and mini_batch_size < 1:
+            raise ValueError(f"mini_batch_size must be at least 1, or None for no caching, got {mini_batch_size}.")
+        self.model = model
+        self.similarity = model.similarity
+        self.gather_across_devices = gather_across_devices
+        self.mini_batch_size: Any = mini_batch_size
+        self.uses_gradient_cache = mini_batch_size is not None
+        self.mask_duplicates = mask_duplicates
+        self.distillation = distillation
+        self.num_masked: int | Tensor = 0  # of the batches since someone took the count
+        self.num_batches = 0
+        self._keys: list[Tensor] = []
+
+    def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> Tensor:
+        features = list(sentence_features)
+        if len(features) < 2:
+            raise ValueError(f"Training needs a context and a candidate column, but got {len(features)} column(s).")
+        self._keys = [text_keys(side["input_ids"], side["attention_mask"]) for side in features]
+        if self.uses_gradient_cache:
+            return self.forward_cached(features, labels)
+        return self._loss(embed_columns(self.model, features), labels)
+
+    def calculate_loss(
+        self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
+    ) -> Tensor:
+        """The loss of vectors in mini-batches; what upstream's gradient caching calls."""
+        loss = self._loss([torch.cat(column) for column in reps], labels)
+        if with_backward:
+            loss.backward()
+            loss = loss.detach()
+        return loss
+
+    def _loss(self, vectors: list[Tensor], teacher: Tensor | None) -> Tensor:
+        """Of `(batch, ...)` context vectors and then each column's `(batch, dim)` candidate vectors."""
+        contexts, *columns = vectors
+        context_keys, *column_keys = self._keys
+        batch, first = len(contexts), 0
+        own_context_keys, own_keys = context_keys, column_keys[0]
+        if self.gather_across_devices:
+            columns = [all_gather_with_grad(column) for column in columns]
+            context_keys, *column_keys = [all_gather(keys) for keys in self._keys]
+            first = get_rank() * batch
+        scores = self.similarity(contexts, torch.cat(columns))  # (batch, columns * world batch)
+        right = torch.arange(first, first + batch, device=scores.device)
+        if self.mask_duplicates:
+            same = own_keys[:, None] == torch.cat(column_keys)
+            same[:, : len(context_keys)] |= own_context_keys[:, None] == context_keys
+            same[torch.arange(batch, device=scores.device), right] = False
+            self.num_masked = self.num_masked + same.sum()
+            self.num_batches += 1
+            candidates = scores.masked_fill(same, -torch.inf)
+        else:
+            candidates = scores
+        loss = cross_entropy(candidates, right)
+        if self.distillation is None or not self.model.training:  # validation is without the teacher
+            return loss
+        own = right[:, None] + len(column_keys[0]) * torch.arange(len(columns), device=scores.device)
+        return self.distillation.mix(loss, scores.gather(1, own), teacher)
+
+    def take_masked(self) -> float | None:
+        """Mean number of candidates masked in a batch since the last call; `None` where there was no batch."""
+        mean = float(self.num_masked) / self.num_batches if self.num_batches else None
+        self.num_masked = self.num_batches = 0
+        return mean
 
     def get_config_dict(self) -> dict[str, Any]:
-        return {"gather_across_devices": self.gather_across_devices}
+        """The options, for the model card."""
+        return {
+            "gather_across_devices": self.gather_across_devices,
+            "mini_batch_size": self.mini_batch_size,
+            "mask_duplicates": self.mask_duplicates,
+            "distillation": None if self.distillation is None else vars(self.distillation),
+        }
+
+
+class SampledNegativesLoss(nn.Module):
+    """Cross-entropy of the right candidate's raw score among those of its row, for the Cross-encoder.
+
+    Args:
+        model: A `CrossEncoder`.
+        distillation: Learn from a teacher's scores of the row's own candidates too.
+
+    Inputs: token features of `batch * candidates` pairs, row after row and the right candidate first, as `PairCollator`
+        makes them, with `candidate_mask`, `(batch, candidates)`: false for what takes no part.
+    """
+
+    def __init__(self, model: Any, distillation: Distillation | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.distillation = distillation
+
+    def forward(
+        self,
+        features: dict[str, Any],
+        labels: Tensor | None = None,
+        prompt: str | None = None,  # these two, which upstream's trainer passes, are in the tokens already
+        task: str | None = None,
+    ) -> Tensor:
+        features = dict(features)
+        mask: Tensor = features.pop("candidate_mask")
+        scores = self.model(features)["scores"].float().view(mask.shape)
+        loss = cross_entropy(scores.masked_fill(~mask, -torch.inf), mask.new_zeros(len(mask), dtype=torch.long))
+        if self.distillation is None or not self.model.training:
+            return loss
+        own = scores if labels is None else scores[:, : labels.shape[1]]
+        return self.distillation.mix(loss, own, labels)
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """The options, for the model card."""
+        return {"distillation": None if self.distillation is None else vars(self.distillation)}
+
+
+def text_keys(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """A 64-bit hash of each row's tokens, the same whatever the padding and on every device.
+
+    Two different texts share one with a probability of 2^-64: a number to compare and gather in place of a text.
+
+    Args:
+        input_ids, attention_mask: `(batch, length)`.
+
+    Returns:
+        `(batch,)` int64.
+    """
+    mask = attention_mask.long()
+    tokens = _mixed(input_ids.long() + mask.cumsum(dim=1) * _STEP) * mask
+    return _mixed(tokens.sum(dim=1))
+
+
+def _mixed(numbers: Tensor) -> Tensor:
+    """splitmix64's finaliser, with arithmetic shifts; products wrap around."""
+    numbers = (numbers ^ (numbers >> 30)) * _FIRST
+    numbers = (numbers ^ (numbers >> 27)) * _SECOND
+    return numbers ^ (numbers >> 31)

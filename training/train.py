@@ -2,23 +2,30 @@
 
     accelerate launch training/train.py --config training/configs/chitchat_poly.yaml --max_steps 100
     accelerate launch -m poly_encoders.training.train --config my.yaml         (from an installed wheel)
+    accelerate launch training/train.py --config training/configs/paper_poly.yaml training/configs/convai2.yaml
 
-Options come from the YAML file, then from the command line; `--help` lists them all.
+Options come from the YAML files, a later one before an earlier, then from the command line; `--help` lists them all. A
+run that was stopped goes on with `--resume_from_checkpoint`.
 """
 
 import argparse
 import logging
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-from transformers import HfArgumentParser, set_seed
+from transformers import set_seed
 
 from poly_encoders import BiEncoder, CandidateRankingEvaluator, CrossEncoder, PolyEncoder
 from poly_encoders.training.arguments import TRAINING_ARGUMENTS, DataArguments, ModelArguments
-from poly_encoders.training.data_sources import load_examples, load_ranking_sets, sample_examples
+from poly_encoders.training.data_sources import (
+    load_examples,
+    load_ranking_sets,
+    load_shared_candidates,
+    sample_examples,
+)
+from poly_encoders.training.options import options_of_files, parse_dataclasses
+from poly_encoders.training.running import STOPPED, Stopped, train_to_end
 from poly_encoders.training.trainers import BiEncoderTrainer, CrossEncoderTrainer, PaperTrainer, PolyEncoderTrainer
 
 logger = logging.getLogger(__name__)
@@ -37,40 +44,29 @@ class Options(NamedTuple):
 
 
 def parse_options(argv: Sequence[str] | None = None) -> Options:
-    """Options from `--config FILE.yaml` and the command line, the latter first in rank.
+    """Options from `--config FILE.yaml ...` and the command line, what comes later before what comes earlier.
 
     Raises:
-        ValueError: an option in the file that does not exist.
+        ValueError: an option in a file that does not exist.
         FileNotFoundError: no such file.
     """
+    return make_options(options_of_files(argv), argv)
+
+
+def make_options(mapping: dict[str, Any], argv: Sequence[str] | None = ()) -> Options:
+    """Options from a mapping and then from the command line.
+
+    Raises:
+        ValueError: an option that does not exist.
+    """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config", help="YAML file of options; the command line overrides it.")
     first.add_argument("--architecture", choices=sorted(TRAINERS))
     known, _ = first.parse_known_args(argv)
-    from_file = _read_config(known.config) if known.config else {}
-    architecture = known.architecture or from_file.get("architecture", ModelArguments.architecture)
+    architecture = known.architecture or mapping.get("architecture", ModelArguments.architecture)
     if architecture not in TRAINERS:
         raise ValueError(f"architecture must be one of {sorted(TRAINERS)}, got {architecture!r}.")
-
-    parser = HfArgumentParser(
-        (ModelArguments, DataArguments, TRAINING_ARGUMENTS[architecture]), description=__doc__, allow_abbrev=False
-    )
-    parser.add_argument("--config", help="YAML file of options; the command line overrides it.")
-    names = {action.dest for action in parser._actions}
-    if unknown := sorted(from_file.keys() - names):
-        raise ValueError(f"{known.config}: there are no options {unknown} for the {architecture}. See --help.")
-    parser.set_defaults(**from_file)
-    *parsed, _config = parser.parse_args_into_dataclasses(args=None if argv is None else list(argv))
-    return Options(*parsed)
-
-
-def _read_config(path: str) -> dict[str, Any]:
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"There is no config file {path}.")
-    options = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    if not isinstance(options, dict):
-        raise ValueError(f"{path} must hold `option: value` lines, but holds a {type(options).__name__}.")
-    return options
+    kinds = (ModelArguments, DataArguments, TRAINING_ARGUMENTS[architecture])
+    return Options(*parse_dataclasses(kinds, argv, mapping, architecture, __doc__))
 
 
 def build_model(options: ModelArguments) -> Any:
@@ -109,37 +105,54 @@ def build_trainer(options: Options) -> PaperTrainer:
     """Model, data, evaluator and trainer, ready to train."""
     _, data, training = options
     set_seed(training.seed)
-    examples = load_examples(data.dataset, data.train_split, data.columns, data.dataset_config)
-    evaluator = None
+    where = {"columns": data.columns, "config_name": data.dataset_config, "data_dir": data.data_dir}
+    limit = {"max_negatives": data.max_negatives}
+    # All data before the model: what is wrong with a file is said before minutes have passed.
+    examples = load_examples(data.dataset, data.train_split, **where, **limit)
+    evaluator, eval_examples = None, None
     if data.eval_split is not None:
+        source = data.eval_dataset or data.dataset
         sets = load_ranking_sets(
-            data.eval_dataset or data.dataset,
-            data.eval_split,
-            data.eval_set_size,
-            training.seed,
-            data.max_eval_sets,
-            data.columns,
-            data.dataset_config,
+            source, data.eval_split, data.eval_set_size, training.seed, data.max_eval_sets, **where
         )
-        evaluator = CandidateRankingEvaluator(sets, name=data.eval_split, batch_size=training.eval_batch_size)
+        shared = load_shared_candidates(source, data.eval_split, data.data_dir)
+        evaluator = CandidateRankingEvaluator(
+            sets, name=data.eval_split, batch_size=training.eval_batch_size, shared_candidates=shared
+        )
+        if data.max_eval_examples != 0:
+            found = load_examples(source, data.eval_split, **where, **limit)
+            eval_examples = sample_examples(found, data.max_eval_examples, training.seed)
     return TRAINERS[options.model.architecture](
         model=build_model(options.model),
         args=training,
         train_dataset=sample_examples(examples, data.max_train_examples, training.seed),
+        eval_dataset=eval_examples,
         evaluator=evaluator,
     )
 
 
+def run(options: Options) -> Any:
+    """Train, save and evaluate; the trainer.
+
+    Raises:
+        NonFiniteLossError, Stopped, OSError: as `train_to_end` and the trainer say.
+    """
+    trainer: Any = build_trainer(options)
+    train_to_end(trainer, trainer.signals)
+    if trainer.evaluator is not None or trainer.eval_dataset is not None:
+        trainer.log_metrics("eval", trainer.evaluate())
+    return trainer
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train, evaluate, save, and push where asked to."""
+    """Train, save, evaluate, and push where asked to."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     options = parse_options(argv)
-    trainer: Any = build_trainer(options)
-    trainer.train(resume_from_checkpoint=options.training.resume_from_checkpoint)
-    trainer.save_model()
-    if trainer.evaluator is not None:
-        metrics = trainer.evaluate()
-        trainer.log_metrics("eval", metrics)
+    try:
+        trainer = run(options)
+    except Stopped as stopped:
+        logger.info("%s", stopped)
+        sys.exit(STOPPED)
     if options.training.push_to_hub:
         trainer.push_to_hub()
     logger.info("Saved to %s", options.training.output_dir)

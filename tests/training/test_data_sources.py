@@ -4,7 +4,7 @@ import csv
 import json
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 
 from poly_encoders.training.data_sources import load_examples, load_ranking_sets, sample_examples
 
@@ -66,3 +66,92 @@ def test_samples_are_seeded(file):
     assert sample_examples(data, 5, seed=1)[:] == sample_examples(data, 5, seed=1)[:]
     assert len(sample_examples(data, 5, seed=1)) == 5
     assert sample_examples(data, 99, seed=1) is data
+
+
+GOOD = '{"context": ["a"], "right": "b"}\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        (GOOD + "\n{broken\n", r"Line 3 of .*bad.jsonl is no JSON"),
+        (GOOD + '["a", "b"]\n', r"Line 2 .*no JSON object"),
+        (GOOD + '{"context": ["c"]}\n', r"Line 2 .*lacks the column 'right'.*has \['context'\]"),
+        ('{"context": ["c"]}\n' + GOOD, r"Line 1 .*lacks the column 'right'"),
+        (GOOD + '{"context": ["c"], "right": null}\n', r"Line 2 .*'right' that cannot be read.*NoneType"),
+        (GOOD + '{"context": ["c"], "right": " "}\n', r"Line 2 .*empty column 'right'"),
+        (GOOD + '{"context": [], "right": "d"}\n', r"Line 2 .*'context'.*without a single turn"),
+        (GOOD + '{"context": ["x", null], "right": "d"}\n', r"Line 2 .*'context'.*Turn 1"),
+        (GOOD + '{"context": ["c"], "right": 3}\n', r"Line 2 .*'right'.*int: 3"),
+        (GOOD + '{"context": 5, "right": "d"}\n', r"Line 2 .*'context'.*int: 5"),
+        ('{"context": 5, "right": "d"}\n', r"Line 1 .*'context'.*int: 5"),
+        ('{"context": "a", "right": ["d"]}\n', r"Line 1 .*'right'.*list"),
+        ("", "has no rows.*--eval_split null"),
+        ("\n\n", "has no rows.*--eval_split null"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path, text, match):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=match):
+        load_examples(str(path))
+
+
+def test_a_column_that_is_not_used_may_hold_anything(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"id": 1, "context": "a", "right": "b"}\n{"context": ["c", "d"], "right": "e", "id": null}\n')
+    with pytest.raises(ValueError, match="'id'"):
+        load_examples(str(path))
+    data = load_examples(str(path), columns=["context", "right"])
+    assert data["context"][:] == ["a", ["c", "d"]]
+
+
+def test_messages(tmp_path):
+    path = tmp_path / "chat.jsonl"
+    path.write_text('{"context": [{"role": "user", "content": "a"}], "right": "b"}\n')
+    assert load_examples(str(path))[0]["context"] == [{"role": "user", "content": "a"}]
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet", "json"])
+def test_a_bad_row_is_named(tmp_path, kind):
+    path = tmp_path / f"bad.{kind}"
+    if kind == "csv":
+        path.write_text("context,right\na,b\nc,\n")
+    elif kind == "json":
+        path.write_text('[{"context": "a", "right": "b"}, {"context": "c", "right": null}]')
+    else:
+        Dataset.from_dict({"context": ["a", "c"], "right": ["b", None]}).to_parquet(str(path))
+    with pytest.raises(ValueError, match=r"Row 2 of .*'right' is (empty|null or missing)"):
+        load_examples(str(path))
+
+
+def test_csv_words_that_look_like_nothing(tmp_path):
+    path = tmp_path / "data.csv"
+    path.write_text("context,right\nanything?,None\nwhich one?,NA\n")
+    assert load_examples(str(path))["right"][:] == ["None", "NA"]
+
+
+@pytest.mark.parametrize("text", ["", "context,right\n"])
+def test_a_csv_without_rows(tmp_path, text):
+    path = tmp_path / "data.csv"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="--eval_split null"):
+        load_ranking_sets(str(path), "validation", 20, 0)
+
+
+def test_saved_data_sets(tmp_path):
+    data = Dataset.from_list(ROWS)
+    data.select([4, 2]).save_to_disk(str(tmp_path / "one"))
+    assert list(load_examples(str(tmp_path / "one"), max_negatives=0)) == [
+        {"context": ROWS[i]["context"], "right": ROWS[i]["right"]} for i in (4, 2)
+    ]
+    DatasetDict(train=data, validation=data.select(range(3))).save_to_disk(str(tmp_path / "both"))
+    assert len(load_examples(str(tmp_path / "both"), "validation")) == 3
+    with pytest.raises(ValueError, match="splits train, validation, but not 'test'"):
+        load_examples(str(tmp_path / "both"), "test")
+    DatasetDict(train=data, test=data.select([])).save_to_disk(str(tmp_path / "empty"))
+    with pytest.raises(ValueError, match=r"no rows in split 'test'.*--eval_split null"):
+        load_ranking_sets(str(tmp_path / "empty"), "test", 2, 0)
+    data.add_column("bad", [None] * 12).save_to_disk(str(tmp_path / "nulls"))
+    with pytest.raises(ValueError, match=r"Row 1 of .*'bad' is null or missing"):
+        load_examples(str(tmp_path / "nulls"))

@@ -128,17 +128,21 @@ def test_the_first_column_is_the_context_whatever_its_name(kind, checkpoints, tm
     assert (batch["zebra_task"], batch["apple_task"], batch["mango_task"]) == ("query", "document", "document")
 
 
-def test_the_cross_encoder_draws_its_negatives(checkpoints, tmp_path):
+def test_the_cross_encoder_reads_its_own_candidates_and_drawn_ones(checkpoints, tmp_path):
     trainer = make("cross", checkpoints, tmp_path, num_negatives=3)
-    assert trainer.loss.num_negatives == 3
-    assert isinstance(trainer.loss.activation_fn, torch.nn.Identity)
     seen = []
     original = trainer.model.preprocess
-    trainer.model.preprocess = lambda pairs, **options: seen.append(list(pairs)) or original(pairs, **options)
-    trainer.compute_loss(trainer.model, trainer.data_collator([DATA[i] for i in range(6)]))
-    assert len(seen) == 1 + 3 + 1  # the right ones, three draws, and the column of wrong ones
-    assert all(len(pairs) == 6 for pairs in seen)
-    assert seen[0][0] == (DATA[0]["context"], DATA[0]["reply"])
+    trainer.data_collator.preprocess_fn = lambda pairs, **options: seen.extend(pairs) or original(pairs, **options)
+    batch = trainer.data_collator([DATA[i] for i in range(6)])
+    assert batch["features"]["candidate_mask"].shape == (6, 4)
+    for row in range(6):
+        contexts, candidates = zip(*seen[4 * row : 4 * row + 4], strict=True)
+        assert all(context == DATA[row]["context"] for context in contexts)
+        assert candidates[:2] == (DATA[row]["reply"], DATA[row]["wrong"])
+        assert set(candidates[2:]) <= set(DATA["reply"]) - {DATA[row]["reply"]}
+    scores = trainer.model.eval()(dict(batch["features"]))["scores"].view(6, 4)
+    expected = torch.nn.functional.cross_entropy(scores, torch.zeros(6, dtype=torch.long))
+    torch.testing.assert_close(trainer.compute_loss(trainer.model, batch), expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
