@@ -16,6 +16,7 @@ from poly_encoders.training.chitchat import chitchat_ranking_sets, load_chitchat
 from poly_encoders.training.data_checks import check_cells, check_json_lines, is_json_lines
 from poly_encoders.training.task_data import TASK_FILES, load_task_examples, load_task_sets
 
+LABEL_COLUMNS = ("label", "labels", "score", "scores")  # sentence-transformers' trainers take them for labels
 _LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 
 
@@ -56,15 +57,20 @@ def load_examples(
         if missing := [name for name in columns if name not in data.column_names]:
             raise ValueError(f"{source} has no column {missing}; it has {data.column_names}.")
         data = data.select_columns(columns)
-    if len(data.column_names) < 2:
+    if len(text_columns(data)) < 2:
         raise ValueError(f"{source} has the columns {data.column_names}; training needs a context and a candidate.")
     if len(data) == 0:
         raise _no_rows(f"{source} has no rows in split {split!r}")
     if max_negatives is not None:
-        data = data.select_columns(data.column_names[: 2 + max_negatives])
+        data = data.select_columns(text_columns(data)[: 2 + max_negatives])
     if source != "chitchat" and source not in TASK_FILES:
-        check_cells(data, source)
+        check_cells(data.select_columns(text_columns(data)), source)
     return data
+
+
+def text_columns(data: Dataset) -> list[str]:
+    """The columns that hold texts: all but those in which a teacher's scores or labels are."""
+    return [name for name in data.column_names if name not in LABEL_COLUMNS]
 
 
 def _load_file(source: str, columns: list[str] | None) -> Dataset:
@@ -148,7 +154,7 @@ def load_ranking_sets(
         own = load_task_sets(source, split, data_dir).samples
         return own if limit is None or limit >= len(own) else random.Random(seed).sample(own, limit)
     data = load_examples(source, split, columns, config_name)
-    context_column, right_column, *wrong_columns = data.column_names
+    context_column, right_column, *wrong_columns = text_columns(data)
     pool = list(dict.fromkeys(data[right_column]))
     if len(pool) < size:
         raise ValueError(

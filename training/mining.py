@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 from poly_encoders import BiEncoder, PolyEncoder
 from poly_encoders.modeling import poly_score
 from poly_encoders.scoring import PreparedCandidates, prepare, top_k
+from poly_encoders.training.data_sources import text_columns
 from poly_encoders.training.negative_rules import MiningOptions, is_near_duplicate, select_negatives
 
 TEXTS_AT_ONCE = 4096  # candidate texts in a block
@@ -92,7 +93,7 @@ def mine_negatives(
         ValueError: fewer different candidates than a row needs.
     """
     check_miner(model)
-    context_column, right_column, *further = data.column_names
+    context_column, right_column, *further = text_columns(data)
     responses = list(data[right_column])
     pool = list(dict.fromkeys([*responses, *(text for name in further for text in data[name])]))
     if options.num_negatives >= len(pool):

@@ -13,7 +13,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from transformers import set_seed
 
@@ -69,8 +69,17 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
         ValueError: an option in the file that does not exist.
         FileNotFoundError: no such file.
     """
+    return make_options(options_of_files(argv), argv)
+
+
+def make_options(mapping: dict[str, Any], argv: Sequence[str] | None = ()) -> Options:
+    """Options from a mapping and then from the command line.
+
+    Raises:
+        ValueError: an option that does not exist.
+    """
     kinds = (PreTrainingModelArguments, PreTrainingDataArguments, PreTrainingArguments)
-    return Options(*parse_dataclasses(kinds, argv, options_of_files(argv), "pre-training", __doc__))
+    return Options(*parse_dataclasses(kinds, argv, mapping, "pre-training", __doc__))
 
 
 def build_trainer(options: Options) -> PreTrainer:

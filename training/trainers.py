@@ -32,13 +32,13 @@ from poly_encoders.training.arguments import (
 )
 from poly_encoders.training.callbacks import EvaluationCurve, StopOnSignal, TrainingProgress, WarmUp, replace_file
 from poly_encoders.training.collators import ContextFirstCollator, PairCollator, row_lengths
+from poly_encoders.training.data_sources import text_columns
 from poly_encoders.training.losses import InBatchNegativesLoss, SampledNegativesLoss
 from poly_encoders.training.sampling import LengthSortedBatchSampler
 from poly_encoders.training.schedules import WarmupReduceLROnPlateau
 
 TRAINABLE = "trainable.safetensors"  # what LoRA trains, beside the merged model
 CHARACTERS_PER_TOKEN = 6  # at least so many hardly ever: a text of more than that is cut for certain
-LABEL_COLUMNS = ("label", "labels", "score", "scores")  # upstream's: no text
 
 
 class NonFiniteLossError(RuntimeError):
@@ -96,8 +96,10 @@ class PaperTrainer:
         chosen = self.args.batch_sampler == BatchSamplers.BATCH_SAMPLER and self.args.length_sorted_batches
         if not chosen or not isinstance(dataset, Dataset):
             return super().get_batch_sampler(dataset, batch_size, drop_last, **kwargs)  # type: ignore[misc]
-        texts = dataset.select_columns([name for name in dataset.column_names if name not in LABEL_COLUMNS])
-        lengths = row_lengths(texts, lambda position: CHARACTERS_PER_TOKEN * self._most_tokens()[position])
+        lengths = row_lengths(
+            dataset.select_columns(text_columns(dataset)),
+            lambda position: CHARACTERS_PER_TOKEN * self._most_tokens()[position],
+        )
         kwargs["seed"] = self.args.seed
         return LengthSortedBatchSampler(dataset, lengths, batch_size=batch_size, drop_last=drop_last, **kwargs)
 
@@ -331,8 +333,7 @@ def right_candidates(data: Any) -> list[str]:
     """The right candidate of every row, to draw wrong ones from."""
     if not isinstance(data, Dataset):
         return []
-    names = [name for name in data.column_names if name not in LABEL_COLUMNS]
-    return list(data[names[1]]) if len(names) > 1 else []
+    return list(data[text_columns(data)[1]])
 
 
 def set_dropout(model: nn.Module, probability: float) -> None:
