@@ -141,8 +141,11 @@ class PaperArguments(RunArguments):
     )
 
     def __post_init__(self) -> None:
-        if self.evaluations_per_epoch is not None and not self.evaluations_per_epoch > 0:
-            raise ValueError(f"evaluations_per_epoch must be above 0, got {self.evaluations_per_epoch}.")
+        if self.evaluations_per_epoch is not None:
+            if not self.evaluations_per_epoch > 0:
+                raise ValueError(f"evaluations_per_epoch must be above 0, got {self.evaluations_per_epoch}.")
+            # The trainer, which knows the data, makes these the steps of the share of an epoch that was asked for.
+            self.eval_strategy, self.eval_steps = "steps", 1
         self.make_distillation()  # a value that it cannot take is said now
         super().__post_init__()
 

@@ -76,7 +76,7 @@ def draw_candidates(pool: Sequence[str], context: Any, right: str, number: int, 
         return []
     if not pool:
         raise ValueError(
-            "There is nothing to draw wrong candidates from: a streamed data set brings num_negatives of its own."
+            "There is nothing to draw wrong candidates from. Train on one Dataset, or bring num_negatives in each row."
         )
     key = hashlib.blake2b(repr((seed, epoch, context, right)).encode(), digest_size=8).digest()
     draw = random.Random(int.from_bytes(key, "big"))

@@ -20,7 +20,7 @@ from sentence_transformers.base.sampler import BatchSamplers
 from sentence_transformers.cross_encoder import CrossEncoderTrainer as UpstreamCrossEncoderTrainer
 from torch import Tensor, nn
 from transformers import PreTrainedModel, ProgressCallback, TrainerCallback
-from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType, has_length
 
 from poly_encoders import BiEncoder, CrossEncoder, PolyEncoder
 from poly_encoders.modeling import PolyEncoderModel
@@ -36,6 +36,7 @@ from poly_encoders.training.data_sources import text_columns
 from poly_encoders.training.losses import InBatchNegativesLoss, SampledNegativesLoss
 from poly_encoders.training.sampling import LengthSortedBatchSampler
 from poly_encoders.training.schedules import WarmupReduceLROnPlateau
+from poly_encoders.training.sharding import WholeModel, shard_by_layers
 
 TRAINABLE = "trainable.safetensors"  # what LoRA trains, beside the merged model
 CHARACTERS_PER_TOKEN = 6  # at least so many hardly ever: a text of more than that is cut for certain
@@ -74,6 +75,10 @@ class PaperTrainer:
             set_evaluation_steps(args, data)
         ours = [_Epochs(self), WarmUp(), EvaluationCurve(), self.signals]
         super().__init__(model=model, args=args, callbacks=[*ours, *(callbacks or [])], **kwargs)  # type: ignore[call-arg]
+        self._whole: WholeModel | None = None
+        if self.is_fsdp_enabled:  # type: ignore[attr-defined]
+            shard_by_layers(self.accelerator.state.fsdp_plugin, self.model)  # type: ignore[attr-defined]
+            self._whole = WholeModel(self.model) if args.should_save else None
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)  # type: ignore[attr-defined]
             self.add_callback(TrainingProgress())  # type: ignore[attr-defined]
@@ -182,11 +187,14 @@ class PaperTrainer:
         if not self.args.should_save:  # upstream calls every process
             return
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
-        if not has_lora(self.model):
-            self.model.save_pretrained(str(folder))
+        model = self.model
+        if self._whole is not None and state_dict is not None:
+            model = self._whole.with_weights(state_dict)
+        if not has_lora(model):
+            model.save_pretrained(str(folder))
         else:
-            merged_copy(self.model).save_pretrained(str(folder))
-            save_file(trainable_state(self.model), str(folder / TRAINABLE))
+            merged_copy(model).save_pretrained(str(folder))
+            save_file(trainable_state(model), str(folder / TRAINABLE))
         replace_file(folder / "training_args.json", self.args.to_json_string().encode())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -209,8 +217,9 @@ class _Epochs(TrainerCallback):
         collator = trainer.data_collator  # type: ignore[attr-defined]
         if isinstance(collator, PairCollator):
             collator.epoch = epoch
-        updates = max(1, math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)) if train_dataloader else 1
-        trainer._batches_seen = state.global_step % updates * args.gradient_accumulation_steps
+        if has_length(train_dataloader):
+            updates = max(1, math.ceil(len(train_dataloader) / args.gradient_accumulation_steps))
+            trainer._batches_seen = state.global_step % updates * args.gradient_accumulation_steps
 
 
 class InBatchTrainer(PaperTrainer, SentenceTransformerTrainer):

@@ -1,6 +1,7 @@
 """Teacher, scores, student: each step once, and a student that learns what its teacher knows."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -131,3 +132,10 @@ def test_plans_that_make_no_sense(config):
     ):
         with pytest.raises(ValueError, match=message):
             read_plan(config(**changes))
+
+
+def test_the_config_of_chitchat_is_a_plan():
+    plan = read_plan(str(Path(__file__).parents[2] / "training" / "configs" / "chitchat_distill.yaml"))
+    assert plan.teacher.model.architecture == "cross-encoder"
+    assert plan.student.data.dataset == plan.scores.folder
+    assert plan.student.data.eval_dataset == "chitchat"

@@ -70,11 +70,12 @@ def test_accelerate_launch(config, tmp_path):
     assert PolyEncoder(str(tmp_path / "out"), device="cpu")[0].config.num_codes == 3
 
 
-def test_two_processes(config, tmp_path):
+@pytest.mark.parametrize("changes", [{}, {"gather_across_devices": True, "mini_batch_size": 2}], ids=["plain", "all"])
+def test_two_processes(config, tmp_path, changes):
     """Distributed training refuses parameters without a gradient, and uneven sides."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
-        [*command, "training/train.py", "--config", config(bf16=False, use_cpu=True, ddp_backend="gloo")],
+        [*command, "training/train.py", "--config", config(bf16=False, use_cpu=True, ddp_backend="gloo", **changes)],
         capture_output=True,
         text=True,
         check=False,
@@ -92,8 +93,38 @@ def test_the_command_line_comes_before_the_file(config):
     assert options.training.per_device_train_batch_size == 4
 
 
+def test_later_files_come_before_earlier_ones(config, tmp_path):
+    other = tmp_path / "other.yaml"
+    other.write_text("num_codes: 9\nmax_steps: 3\n")
+    options = parse_options(["--config", config(num_codes=5), str(other), "--max_steps", "7"])
+    assert (options.model.num_codes, options.training.max_steps) == (9, 7)
+    assert options.training.per_device_train_batch_size == 4
+
+
+def test_resuming_needs_no_name(config):
+    assert parse_options(["--config", config()]).training.resume_from_checkpoint is None
+    assert parse_options(["--config", config(), "--resume_from_checkpoint"]).training.resume_from_checkpoint == "last"
+    named = parse_options(["--config", config(), "--resume_from_checkpoint", "x/checkpoint-3"])
+    assert named.training.resume_from_checkpoint == "x/checkpoint-3"
+
+
+def test_nothing_is_trained_when_the_validation_split_is_empty(config, tmp_path):
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    with pytest.raises(ValueError, match="eval_split null"):
+        main(["--config", config(eval_dataset=str(empty))])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_bad_line_is_named(config, tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"context": "a", "right": "b"}\n{"context": "c", "right"\n')
+    with pytest.raises(ValueError, match="Line 2"):
+        main(["--config", config(dataset=str(bad))])
+
+
 def test_options_that_do_not_exist(config):
-    with pytest.raises(ValueError, match=r"no options \['num_code'\]"):
+    with pytest.raises(ValueError, match=r"\['num_code'\]"):
         parse_options(["--config", config(num_code=3)])
     with pytest.raises(ValueError, match="num_negatives"):
         parse_options(["--config", config(architecture="cross-encoder"), "--architecture", "bi-encoder"])
@@ -104,7 +135,7 @@ def test_options_that_do_not_exist(config):
 
 
 @pytest.mark.parametrize(
-    "file", [file for file in CONFIGS if not file.stem.endswith("_pretrain")], ids=lambda file: file.stem
+    "file", [file for file in CONFIGS if not file.stem.endswith(("_pretrain", "_distill"))], ids=lambda file: file.stem
 )
 def test_every_config_parses(file):
     options = parse_options(["--config", str(file)])

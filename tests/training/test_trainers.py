@@ -13,6 +13,8 @@ from poly_encoders.training.arguments import (
     CrossEncoderTrainingArguments,
     PolyEncoderTrainingArguments,
 )
+from poly_encoders.training.sampling import LengthSortedBatchSampler
+from poly_encoders.training.schedules import WarmupReduceLROnPlateau
 from poly_encoders.training.trainers import BiEncoderTrainer, CrossEncoderTrainer, PolyEncoderTrainer
 
 LETTERS = "abcdefghijklmnop"
@@ -31,7 +33,7 @@ KINDS = {
 }
 
 
-def make(kind, checkpoints, tmp_path, data=DATA, model_options=None, **options):
+def make(kind, checkpoints, tmp_path, data=DATA, model_options=None, eval_dataset=None, **options):
     model_class, trainer_class, arguments_class = KINDS[kind]
     torch.manual_seed(0)
     model = model_class(
@@ -49,7 +51,8 @@ def make(kind, checkpoints, tmp_path, data=DATA, model_options=None, **options):
         "disable_tqdm": True,
         "dropout": 0.0,
     }
-    return trainer_class(model=model, args=arguments_class(**{**settings, **options}), train_dataset=data)
+    args = arguments_class(**{**settings, **options})
+    return trainer_class(model=model, args=args, train_dataset=data, eval_dataset=eval_dataset)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -205,3 +208,151 @@ def test_the_callers_model_is_the_one_trained(checkpoints, tmp_path):
     model = trainer.model
     trainer.train()
     assert not torch.equal(model[0].model.codes, before)
+
+
+# --- the recipe ------------------------------------------------------------------------------------------------------
+
+
+def test_adamax_has_the_codes_rate_and_the_weight_decay(checkpoints, tmp_path):
+    trainer = make("poly", checkpoints, tmp_path, optimizer="adamax")
+    optimizer = trainer.create_optimizer()
+    assert isinstance(optimizer, torch.optim.Adamax)
+    codes = trainer.model[0].model.codes
+    groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+    assert groups[id(codes)]["lr"] == 0.03
+    names = dict(trainer.model.named_parameters())
+    assert {groups[id(p)]["weight_decay"] for name, p in names.items() if "dense.weight" in name} == {0.01}
+    assert {
+        groups[id(p)]["weight_decay"] for name, p in names.items() if name.endswith("bias") and p.requires_grad
+    } == {0.0}
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_adamw_is_fused_by_default(checkpoints, tmp_path):
+    optimizer = make("bi", checkpoints, tmp_path).create_optimizer()
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert all(group["fused"] for group in optimizer.param_groups)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_plateau_goes_by_the_validation_loss_of_every_half_epoch(kind, checkpoints, tmp_path):
+    trainer = make(
+        kind,
+        checkpoints,
+        tmp_path,
+        eval_dataset=DATA,
+        max_steps=-1,
+        num_train_epochs=3,
+        per_device_train_batch_size=4,
+        lr_scheduler_type="reduce_lr_on_plateau",
+        lr_scheduler_kwargs={"factor": 0.4, "patience": 0, "threshold": 1e9, "threshold_mode": "abs"},
+        warmup_steps=3,
+        evaluations_per_epoch=2,
+        save_strategy="steps",
+        logging_steps=1,
+    )
+    assert (trainer.args.eval_strategy, trainer.args.eval_steps, trainer.args.save_steps) == ("steps", 2, 2)
+    trainer.train()
+    assert isinstance(trainer.lr_scheduler, WarmupReduceLROnPlateau)
+    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
+    evaluated = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert evaluated == [2, 4, 6, 8, 10, 12]
+    # Warm after 3 steps; nothing ever improves by a threshold so large, so each evaluation from then on lowers it.
+    expected = [1 / 3, 2 / 3, 1, 1, 0.4, 0.4, 0.16, 0.16, 0.064, 0.064, 0.0256, 0.0256]
+    assert [rate * 1e3 for rate in rates] == pytest.approx(expected)
+    assert (tmp_path / "out" / "checkpoint-2").is_dir()
+
+
+def test_the_validation_loss_is_the_same_whenever_it_is_measured(checkpoints, tmp_path):
+    """The Cross-encoder's drawn candidates change with the epochs in training only."""
+    trainer = make("cross", checkpoints, tmp_path, eval_dataset=DATA, num_negatives=5)
+    first = trainer.evaluate()["eval_loss"]
+    trainer.data_collator.epoch = 3
+    assert trainer.evaluate()["eval_loss"] == first
+    assert trainer.data_collator.epoch == 3
+
+
+def test_masked_duplicates_are_logged(checkpoints, tmp_path):
+    """Four different replies to sixteen rows: in a batch of them all, each has three twins."""
+    data = DATA.select_columns(["context", "reply"]).map(lambda row, i: {"reply": "abcd"[i % 4]}, with_indices=True)
+    trainer = make("bi", checkpoints, tmp_path, data=data, per_device_train_batch_size=16, logging_steps=1)
+    trainer.train()
+    counts = [entry["masked_duplicates"] for entry in trainer.state.log_history if "masked_duplicates" in entry]
+    assert counts == [48.0, 48.0]
+
+
+def test_batches_are_sorted_by_length_unless_told_otherwise(checkpoints, tmp_path):
+    def sampler(**options):
+        return make("poly", checkpoints, tmp_path, **options).get_train_dataloader().batch_sampler
+
+    assert isinstance(sampler(), LengthSortedBatchSampler)
+    assert not isinstance(sampler(length_sorted_batches=False), LengthSortedBatchSampler)
+    assert not isinstance(sampler(batch_sampler="no_duplicates"), LengthSortedBatchSampler)
+
+
+def test_lengths_beyond_the_limit_do_not_count(checkpoints, tmp_path):
+    data = Dataset.from_dict({"context": ["a" * 500, "b" * 5000, "c" * 3], "reply": ["x", "y", "z"]})
+    options = {"model_options": {"max_context_length": 10, "max_candidate_length": 10}}
+    lengths = make("poly", checkpoints, tmp_path, data=data, **options).get_train_dataloader().batch_sampler.lengths
+    assert lengths.tolist() == [61, 61, 4]
+
+
+@pytest.mark.parametrize("kind", ["poly", "bi"])
+def test_cached_gradients_train_the_same(kind, checkpoints, tmp_path):
+    losses = []
+    for name, size in (("plain", None), ("cached", 3)):
+        trainer = make(kind, checkpoints, tmp_path / name, mini_batch_size=size, max_steps=4, logging_steps=1)
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert trainer.args.ddp_find_unused_parameters  # or the last mini-batch's side alone would be averaged
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_checkpointing_and_compilation_change_no_loss(kind, checkpoints, tmp_path):
+    losses = []
+    for options in ({}, {"gradient_checkpointing": True}, {"torch_compile": True, "torch_compile_backend": "eager"}):
+        trainer = make(kind, checkpoints, tmp_path, logging_steps=1, **options)
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert losses[0] == pytest.approx(losses[2], rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_lora_trains_little_and_saves_a_plain_model(kind, checkpoints, tmp_path):
+    options = {"lora_rank": 2, "max_steps": 4, "save_strategy": "steps", "save_steps": 2, "dropout": 0.1, "seed": 3}
+    trainer = make(kind, checkpoints, tmp_path, **options)
+    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    assert trained < 0.2 * sum(p.numel() for p in trainer.model.parameters())
+    trainer.train()
+    trainer.save_model()
+    folder = tmp_path / "out"
+    again = KINDS[kind][0](str(folder), device="cpu")
+    texts = ["hello", "you", "why not"]
+    found, expected = again.rank("hello", texts), trainer.model.eval().rank("hello", texts)
+    assert [entry["score"] for entry in found] == pytest.approx([entry["score"] for entry in expected], abs=1e-4)
+    assert not any("lora" in name for name, _ in again.named_parameters())
+    resumed = make(kind, checkpoints, tmp_path, **options)
+    resumed.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+    for (name, value), other in zip(trainer.model.named_parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(value, other), name
+
+
+def test_options_that_make_no_sense(tmp_path):
+    for options, message in (
+        ({"evaluations_per_epoch": 0}, "evaluations_per_epoch"),
+        ({"distillation": "kl", "distillation_weight": 2.0}, "distillation_weight"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            PolyEncoderTrainingArguments(output_dir=str(tmp_path), **options)
+
+
+def test_a_streamed_data_set_trains_and_has_no_half_epochs(checkpoints, tmp_path):
+    stream = DATA.to_iterable_dataset()
+    trainer = make("poly", checkpoints, tmp_path, data=stream)
+    trainer.train()
+    assert trainer.state.global_step == 2
+    with pytest.raises(ValueError, match="known length"):
+        make("poly", checkpoints, tmp_path, data=stream, eval_dataset=DATA, evaluations_per_epoch=2)
