@@ -4,11 +4,15 @@ import re
 from pathlib import Path
 
 import pytest
+from transformers import HfArgumentParser
 from typer.testing import CliRunner
 
 from parlai_original import FIXTURES
 from poly_encoders.cli import app
 from poly_encoders.tasks import TASKS
+from poly_encoders.training import pretrain, train
+from poly_encoders.training.distill import read_plan
+from poly_encoders.training.mine_negatives import MiningArguments
 
 DOCS = Path(__file__).parent.parent / "docs"
 DOWNLOAD = "data/models/pretrained_transformers/model_poly/model"
@@ -46,10 +50,31 @@ def test_every_task_has_its_command():
         assert f"poly-encoders evaluate MODEL {name} {' '.join(task.files)}" in text, name
 
 
-@pytest.mark.parametrize("name", ["parlai.md", "evaluation.md"])
+@pytest.mark.parametrize("name", ["parlai.md", "evaluation.md", "training.md"])
 def test_links_and_paths_are_there(name):
     text = page(name)
     for target in re.findall(r"\]\((?!http)([^)#]+)", text):
         assert (DOCS / target).exists(), target
     for path in re.findall(r"`((?:tests|docs|training)/[\w/.]+)`", text):
         assert (DOCS.parent / path).exists(), path
+
+
+def test_training_commands_are_understood():
+    """Every command of the page that trains something, as far as reading its options."""
+    commands = re.findall(r"^accelerate launch ((?:[^\n]*\\\n)*[^\n]*)", page("training.md"), flags=re.MULTILINE)
+    scripts = []
+    for command in commands:
+        words = command.replace("\\\n", " ").split()
+        script = next(word for word in words if word.endswith(".py"))
+        launcher, options = words[: words.index(script)], words[words.index(script) + 1 :]
+        assert all((DOCS.parent / word).is_file() for word in [*launcher, script] if "/" in word)
+        options = [str(DOCS.parent / word) if word.endswith(".yaml") else word for word in options]
+        read = {
+            "train.py": train.parse_options,
+            "pretrain.py": pretrain.parse_options,
+            "mine_negatives.py": HfArgumentParser(MiningArguments).parse_args_into_dataclasses,
+            "distill.py": lambda options: read_plan(options[options.index("--config") + 1]),
+        }[Path(script).name]
+        assert read(options)
+        scripts.append(Path(script).name)
+    assert set(scripts) == {"train.py", "pretrain.py", "mine_negatives.py", "distill.py"}

@@ -356,7 +356,7 @@ def test_options(config):
     options = parse_options(["--config", config(from_scratch=True), "--max_steps", "7"])
     assert (options.training.max_steps, options.training.learning_rate) == (7, 5e-4)
     assert options.model.from_scratch
-    with pytest.raises(ValueError, match=r"no options \['num_codes'\]"):
+    with pytest.raises(ValueError, match="do not exist"):
         parse_options(["--config", config(num_codes=3)])
     with pytest.raises(FileNotFoundError, match="no config file"):
         parse_options(["--config", "nowhere.yaml"])
