@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--context_length", type=int, default=160, help="tokens (%(default)s)")
     parser.add_argument("--cross_sets", type=int, default=300, help="test contexts that a Cross-encoder ranks")
     parser.add_argument("--models", default="models/quality", help="folder to keep models in (%(default)s)")
-    parser.add_argument("--limit", type=int, help="test contexts to rank; all when left out")
+    parser.add_argument("--limit", type=int, help="test contexts to rank, the first ones; all when left out")
     options = parser.parse_args()
     logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
     transformers_logging.set_verbosity_error()
@@ -87,25 +87,24 @@ def train_and_rank(run: str, options: argparse.Namespace) -> None:
     folder = Path(options.models) / run
     steps = options.steps + options.pretraining_steps if name == "poly-64-longer" else options.steps
     start = time.perf_counter()
+    chosen = make_options(settings(name, int(seed), steps, folder, options))
     if (folder / "training_args.json").is_file():
         model, seconds = load_model(str(folder)), None
     else:
-        trainer: Any = build_trainer(make_options(settings(name, int(seed), steps, folder, options)))
+        trainer: Any = build_trainer(chosen)
         trainer.train()
         trainer.save_model()
         model, seconds = trainer.model, time.perf_counter() - start
-    sets = chitchat_ranking_sets("test", size=20, seed=0, limit=options.limit)
-    if "cross" in name:
-        sets = sets[: options.cross_sets]
+    sets = chitchat_ranking_sets("test", size=20, seed=0)[: options.cross_sets if "cross" in name else options.limit]
     evaluator = CandidateRankingEvaluator(sets, batch_size=64, show_progress_bar=True)
     with torch.autocast(model.device.type, torch.bfloat16, enabled=has_fast_bf16()), torch.inference_mode():
         ranks = evaluator.ranks(model)
     found = {
         "run": run,
-        "examples": steps * options.batch,
+        "examples": chosen.training.max_steps * chosen.training.train_batch_size,
         "layers": options.layers,
-        "steps": steps,
-        "batch": options.batch,
+        "steps": chosen.training.max_steps,
+        "batch": chosen.training.train_batch_size,
         "context_length": options.context_length,
         "pretraining_steps": options.pretraining_steps if "pretrained" in name else 0,
         "training_seconds": seconds,
@@ -144,8 +143,9 @@ def settings(name: str, seed: int, steps: int, folder: Path, options: argparse.N
         changes["reduction"] = "mean"
     elif architecture == "poly-encoder":
         changes["candidate_vector"] = "mean"
-    if name == "cross":  # as many examples, in steps of fewer: each is 1 + num_negatives pairs
-        changes |= {"per_device_train_batch_size": options.batch // 4, "max_steps": 4 * steps, "learning_rate": 5e-5}
+    if name == "cross":  # a step is of as many pairs as the others' contexts; there are twice as many steps
+        batch = max(1, options.batch // (1 + changes["num_negatives"]))
+        changes |= {"per_device_train_batch_size": batch, "max_steps": 2 * steps, "learning_rate": 5e-5}
     if "distilled" in name:
         changes |= distilled_data(base, options)
     if "pretrained" in name:
@@ -158,7 +158,7 @@ def distilled_data(base: dict[str, Any], options: argparse.Namespace) -> dict[st
     teacher = Path(options.models) / TEACHER
     if not teacher.is_dir():
         raise FileNotFoundError(f"There is no teacher yet; run {TEACHER} first.")
-    scores = ScoreOptions(folder=str(Path(options.models) / "teacher-scores"), num_negatives=3)
+    scores = ScoreOptions(folder=str(Path(options.models) / "teacher-scores"), num_negatives=1)
     write_scores(str(teacher), scores, make_options(base))
     return {"dataset": scores.folder, "max_train_examples": None}
 

@@ -4,7 +4,7 @@
 cross-entropy of the right candidate's raw score among those of wrong ones, and both can learn from a teacher as well.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -105,7 +105,7 @@ class InBatchNegativesLoss(CachedLossMixin, nn.Module):
         if mini_batch_size is not None and mini_batch_size < 1:
             raise ValueError(f"mini_batch_size must be at least 1, or None for no caching, got {mini_batch_size}.")
         self.model = model
-        self.similarity = model.similarity
+        self.similarity: Callable[[Tensor, Tensor], Tensor] = model.similarity
         self.gather_across_devices = gather_across_devices
         self.mini_batch_size: Any = mini_batch_size
         self.uses_gradient_cache = mini_batch_size is not None
@@ -121,7 +121,7 @@ class InBatchNegativesLoss(CachedLossMixin, nn.Module):
             raise ValueError(f"Training needs a context and a candidate column, but got {len(features)} column(s).")
         self._keys = [text_keys(side["input_ids"], side["attention_mask"]) for side in features]
         if self.uses_gradient_cache:
-            return self.forward_cached(features, labels)
+            return CachedLossMixin.forward_cached(self, features, labels)
         return self._loss(embed_columns(self.model, features), labels)
 
     def calculate_loss(

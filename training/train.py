@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from datasets import Dataset
 from transformers import set_seed
 
 from poly_encoders import BiEncoder, CandidateRankingEvaluator, CrossEncoder, PolyEncoder
@@ -101,27 +102,38 @@ def packaged_minilm() -> str:
     return str(get_model_path())
 
 
+def load_evaluation(data: DataArguments, training: Any) -> tuple[CandidateRankingEvaluator, Dataset | None]:
+    """What ranks the validation split, and the examples whose loss is measured."""
+    source, split = data.eval_dataset or data.dataset, data.eval_split or ""
+    sets = load_ranking_sets(
+        source,
+        split,
+        data.eval_set_size,
+        training.seed,
+        data.max_eval_sets,
+        data.columns,
+        data.dataset_config,
+        data.data_dir,
+    )
+    shared = load_shared_candidates(source, split, data.data_dir)
+    evaluator = CandidateRankingEvaluator(
+        sets, name=split, batch_size=training.eval_batch_size, shared_candidates=shared
+    )
+    if data.max_eval_examples == 0:
+        return evaluator, None
+    examples = load_examples(source, split, data.columns, data.dataset_config, data.data_dir, data.max_negatives)
+    return evaluator, sample_examples(examples, data.max_eval_examples, training.seed)
+
+
 def build_trainer(options: Options) -> PaperTrainer:
     """Model, data, evaluator and trainer, ready to train."""
     _, data, training = options
     set_seed(training.seed)
-    where = {"columns": data.columns, "config_name": data.dataset_config, "data_dir": data.data_dir}
-    limit = {"max_negatives": data.max_negatives}
     # All data before the model: what is wrong with a file is said before minutes have passed.
-    examples = load_examples(data.dataset, data.train_split, **where, **limit)
-    evaluator, eval_examples = None, None
-    if data.eval_split is not None:
-        source = data.eval_dataset or data.dataset
-        sets = load_ranking_sets(
-            source, data.eval_split, data.eval_set_size, training.seed, data.max_eval_sets, **where
-        )
-        shared = load_shared_candidates(source, data.eval_split, data.data_dir)
-        evaluator = CandidateRankingEvaluator(
-            sets, name=data.eval_split, batch_size=training.eval_batch_size, shared_candidates=shared
-        )
-        if data.max_eval_examples != 0:
-            found = load_examples(source, data.eval_split, **where, **limit)
-            eval_examples = sample_examples(found, data.max_eval_examples, training.seed)
+    examples = load_examples(
+        data.dataset, data.train_split, data.columns, data.dataset_config, data.data_dir, data.max_negatives
+    )
+    evaluator, eval_examples = load_evaluation(data, training) if data.eval_split is not None else (None, None)
     return TRAINERS[options.model.architecture](
         model=build_model(options.model),
         args=training,

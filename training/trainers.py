@@ -58,6 +58,8 @@ class PaperTrainer:
     """What the three trainers share; mixed in before upstream's class."""
 
     args: Any
+    data_collator: Any
+    lr_scheduler: Any
     model: Any
     state: Any
     loss: Any
@@ -161,7 +163,7 @@ class PaperTrainer:
         step, data = self.state.global_step + 1, self.train_dataset  # type: ignore[attr-defined]
         found: dict[str, Any] = {"step": step, "loss": str(loss)}
         if self.length_sorted_sampler() is not None:  # another sampler's order need not come again
-            rows = next(itertools.islice(self._batch_sampler, self._batches_seen - 1, None), [])
+            rows: list[int] = next(itertools.islice(self._batch_sampler, self._batches_seen - 1, None), [])
             found |= {"rows": rows, "examples": [data[row] for row in rows]}
         else:
             sides = {name: ids for name, ids in _flat(inputs).items() if name.endswith("input_ids")}
@@ -214,7 +216,7 @@ class _Epochs(TrainerCallback):
         trainer, epoch = self.trainer, int(state.epoch or 0)
         if (sampler := trainer.length_sorted_sampler()) is not None:
             sampler.set_epoch(epoch)
-        collator = trainer.data_collator  # type: ignore[attr-defined]
+        collator = trainer.data_collator
         if isinstance(collator, PairCollator):
             collator.epoch = epoch
         if has_length(train_dataloader):
