@@ -9,6 +9,7 @@ import logging
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -17,6 +18,20 @@ logger = logging.getLogger(__name__)
 
 STATE_FILE = "trainer_state.json"
 _NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
+
+
+class SavesTogether:
+    """For a Trainer whose model is written beside its folder and moved in: mixed in before it."""
+
+    accelerator: Any
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As upstream's; every process goes on when the model is in its place.
+
+        Otherwise another one would put its random state into the folder of a checkpoint before that is moved there.
+        """
+        super().save_model(output_dir, _internal_call)  # type: ignore[misc]
+        self.accelerator.wait_for_everyone()
 
 
 def last_checkpoint(folder: str | Path) -> Path | None:

@@ -25,6 +25,7 @@ from poly_encoders.modeling import staged_folder
 from poly_encoders.training.data_sources import load_examples, sample_examples
 from poly_encoders.training.mining import MiningReport, check_miner, mine_negatives, process_state
 from poly_encoders.training.negative_rules import MiningOptions
+from poly_encoders.training.running import end_processes
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> MiningReport:
         _write(result, output, arguments.jsonl)
         Console().print(_table(report, options, arguments.dataset))
         logger.info("Saved to %s", output)
-    state.wait_for_everyone()
+    end_processes()
     return report
 
 

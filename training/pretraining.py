@@ -35,6 +35,7 @@ from poly_encoders import CrossEncoder
 from poly_encoders.modeling import staged_folder
 from poly_encoders.training.arguments import RunArguments
 from poly_encoders.training.callbacks import StopOnSignal, TrainingProgress, replace_file
+from poly_encoders.training.checkpoints import SavesTogether
 from poly_encoders.training.trainers import freeze_word_embeddings, set_dropout
 
 #: Where a pre-trained folder keeps its Cross-encoder.
@@ -308,7 +309,7 @@ class PreTrainingCollator:
         return {**features, "input_ids": ids, "labels": labels}
 
 
-class PreTrainer(Trainer):
+class PreTrainer(SavesTogether, Trainer):
     """Pre-trains a `PreTrainingModel`; logs the losses of both tasks and how often the next utterance is told right.
 
     Args:

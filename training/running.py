@@ -4,6 +4,8 @@ import logging
 import signal
 from typing import Any
 
+from torch import distributed
+
 from poly_encoders.training.arguments import LAST
 from poly_encoders.training.callbacks import StopOnSignal
 from poly_encoders.training.checkpoints import checked_checkpoint, last_checkpoint, remove_broken_checkpoints
@@ -48,6 +50,13 @@ def train_to_end(trainer: Any, signals: StopOnSignal) -> None:
             f"Stopped by a signal after step {trainer.state.global_step}, and saved. Go on with the same command and "
             "--resume_from_checkpoint."
         )
+
+
+def end_processes() -> None:
+    """Leave the processes that ran together. Without it, gloo's threads may abort a process that is done."""
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.barrier()
+        distributed.destroy_process_group()
 
 
 def checkpoint_to_resume(args: Any) -> str | None:

@@ -26,7 +26,7 @@ from poly_encoders.training.data_sources import (
     sample_examples,
 )
 from poly_encoders.training.options import options_of_files, parse_dataclasses
-from poly_encoders.training.running import STOPPED, Stopped, train_to_end
+from poly_encoders.training.running import STOPPED, Stopped, end_processes, train_to_end
 from poly_encoders.training.trainers import BiEncoderTrainer, CrossEncoderTrainer, PaperTrainer, PolyEncoderTrainer
 
 logger = logging.getLogger(__name__)
@@ -164,10 +164,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         trainer = run(options)
     except Stopped as stopped:
         logger.info("%s", stopped)
+        end_processes()
         sys.exit(STOPPED)
     if options.training.push_to_hub:
         trainer.push_to_hub()
     logger.info("Saved to %s", options.training.output_dir)
+    end_processes()
 
 
 if __name__ == "__main__":

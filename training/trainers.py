@@ -31,6 +31,7 @@ from poly_encoders.training.arguments import (
     PolyEncoderTrainingArguments,
 )
 from poly_encoders.training.callbacks import EvaluationCurve, StopOnSignal, TrainingProgress, WarmUp, replace_file
+from poly_encoders.training.checkpoints import SavesTogether
 from poly_encoders.training.collators import ContextFirstCollator, PairCollator, row_lengths
 from poly_encoders.training.data_sources import text_columns
 from poly_encoders.training.losses import InBatchNegativesLoss, SampledNegativesLoss
@@ -54,7 +55,7 @@ class NonFiniteLossError(RuntimeError):
         self.path = path
 
 
-class PaperTrainer:
+class PaperTrainer(SavesTogether):
     """What the three trainers share; mixed in before upstream's class."""
 
     args: Any
@@ -65,18 +66,32 @@ class PaperTrainer:
     loss: Any
 
     def __init__(
-        self, model: Any = None, args: Any = None, callbacks: list[TrainerCallback] | None = None, **kwargs: Any
+        self,
+        model: Any = None,
+        args: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        loss: Any = None,
+        evaluator: Any = None,
+        **kwargs: Any,
     ) -> None:
         args = self.training_args_class(output_dir="tmp_trainer") if args is None else args  # type: ignore[attr-defined]
+        self._options = args  # upstream sets its own only after model_init was called
         if model is not None:
             self.prepare_model(model, args)
+        if train_dataset is not None:
+            set_evaluation_steps(args, train_dataset)
         self._batch_sampler: Any = None
         self._batches_seen = 0  # of the present epoch
         self.signals = StopOnSignal()
-        if (data := kwargs.get("train_dataset")) is not None:
-            set_evaluation_steps(args, data)
-        ours = [_Epochs(self), WarmUp(), EvaluationCurve(), self.signals]
-        super().__init__(model=model, args=args, callbacks=[*ours, *(callbacks or [])], **kwargs)  # type: ignore[call-arg]
+        kwargs["callbacks"] = [
+            _Epochs(self),
+            WarmUp(),
+            EvaluationCurve(),
+            self.signals,
+            *(kwargs.get("callbacks") or []),
+        ]
+        super().__init__(model, args, train_dataset, eval_dataset, loss, evaluator, **kwargs)  # type: ignore[call-arg]
         self._whole: WholeModel | None = None
         if self.is_fsdp_enabled:  # type: ignore[attr-defined]
             shard_by_layers(self.accelerator.state.fsdp_plugin, self.model)  # type: ignore[attr-defined]
@@ -84,6 +99,12 @@ class PaperTrainer:
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)  # type: ignore[attr-defined]
             self.add_callback(TrainingProgress())  # type: ignore[attr-defined]
+
+    def call_model_init(self, trial: Any = None) -> Any:
+        """As upstream's; a model made that way is set up like one that is given."""
+        model = super().call_model_init(trial)  # type: ignore[misc]
+        self.prepare_model(model, self._options)
+        return model
 
     def prepare_model(self, model: Any, args: Any) -> None:
         """Set the model up as the options say, before the optimizer sees its parameters."""
@@ -229,14 +250,14 @@ class InBatchTrainer(PaperTrainer, SentenceTransformerTrainer):
 
     data_collator_class = ContextFirstCollator
 
-    def __init__(self, model: Any = None, args: Any = None, **kwargs: Any) -> None:
+    def __init__(self, model: Any = None, args: Any = None, *more: Any, **kwargs: Any) -> None:
         args = self.training_args_class(output_dir="tmp_trainer") if args is None else args
         if args.gather_across_devices and args.world_size > 1:
             args.dataloader_drop_last = True  # what is gathered must be equally large everywhere
         if args.mini_batch_size is not None:
             # The last mini-batch is of one side: gradients of the other would never be averaged over the processes.
             args.ddp_find_unused_parameters = True
-        super().__init__(model=model, args=args, **kwargs)
+        super().__init__(model, args, *more, **kwargs)
 
     def _most_tokens(self) -> tuple[int, int]:
         return side_limit(self.model, "query"), side_limit(self.model, "document")
@@ -286,9 +307,11 @@ class CrossEncoderTrainer(PaperTrainer, UpstreamCrossEncoderTrainer):
     training_args_class = CrossEncoderTrainingArguments
     data_collator_class = PairCollator
 
-    def __init__(self, model: Any = None, args: Any = None, train_dataset: Any = None, **kwargs: Any) -> None:
+    def __init__(
+        self, model: Any = None, args: Any = None, train_dataset: Any = None, *more: Any, **kwargs: Any
+    ) -> None:
         self._pool = right_candidates(train_dataset)
-        super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
+        super().__init__(model, args, train_dataset, *more, **kwargs)
 
     def _most_tokens(self) -> tuple[int, int]:
         return self.model.length_limits()

@@ -251,7 +251,16 @@ def test_two_processes_find_the_same(arguments, tmp_path, monkeypatch):
         "mining.TEXTS_AT_ONCE, mining.CONTEXTS_AT_ONCE = 7, 4\n"
         "mine_negatives.main(sys.argv[1:])\n"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(script), *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        str(script),
+        *arguments,
+    ]
     done = subprocess.run(
         [*command, "--output", str(tmp_path / "by-two")], capture_output=True, text=True, check=False, cwd=ROOT
     )

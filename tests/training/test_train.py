@@ -75,7 +75,12 @@ def test_two_processes(config, tmp_path, changes):
     """Distributed training refuses parameters without a gradient, and uneven sides."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
-        [*command, "training/train.py", "--config", config(bf16=False, use_cpu=True, ddp_backend="gloo", **changes)],
+        [
+            *command,
+            "training/train.py",
+            "--config",
+            config(bf16=False, use_cpu=True, ddp_backend="gloo", save_strategy="steps", save_steps=1, **changes),
+        ],
         capture_output=True,
         text=True,
         check=False,
@@ -83,6 +88,10 @@ def test_two_processes(config, tmp_path, changes):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert PolyEncoder(str(tmp_path / "out"), device="cpu").rank("a", ["b"])
+    assert {file.name for file in (tmp_path / "out" / "checkpoint-1").glob("rng_state*")} == {
+        "rng_state_0.pth",
+        "rng_state_1.pth",
+    }
 
 
 def test_the_command_line_comes_before_the_file(config):

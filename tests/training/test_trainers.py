@@ -356,3 +356,33 @@ def test_a_streamed_data_set_trains_and_has_no_half_epochs(checkpoints, tmp_path
     assert trainer.state.global_step == 2
     with pytest.raises(ValueError, match="known length"):
         make("poly", checkpoints, tmp_path, data=stream, eval_dataset=DATA, evaluations_per_epoch=2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_arguments_come_in_upstream_s_order(kind, checkpoints, tmp_path):
+    model_class, trainer_class, arguments_class = KINDS[kind]
+    args = arguments_class(str(tmp_path), report_to="none", use_cpu=True, bf16=False)
+    evaluator = CandidateRankingEvaluator([{"context": "a", "candidates": ["a", "b"]}])
+    trainer = trainer_class(model_class(checkpoints(), device="cpu"), args, DATA, DATA, None, evaluator)
+    assert trainer.train_dataset is DATA
+    assert trainer.eval_dataset is DATA
+    assert trainer.evaluator is evaluator
+
+
+def test_a_model_that_is_made_by_the_trainer_is_set_up_too(checkpoints, tmp_path):
+    args = PolyEncoderTrainingArguments(
+        str(tmp_path), report_to="none", use_cpu=True, bf16=False, dropout=0.2, max_steps=1, save_strategy="no"
+    )
+    trainer = PolyEncoderTrainer(
+        args=args, train_dataset=DATA, model_init=lambda: PolyEncoder(checkpoints(), num_codes=3, device="cpu")
+    )
+    trainer.train()
+    assert {module.p for module in trainer.model.modules() if isinstance(module, torch.nn.Dropout)} == {0.2}
+    frozen = [name for name, p in trainer.model.named_parameters() if not p.requires_grad]
+    assert any("word_embeddings" in name for name in frozen)
+
+
+def test_options_that_depend_on_the_machine(tmp_path):
+    args = PolyEncoderTrainingArguments(str(tmp_path))
+    assert args.dataloader_num_workers == (2 if torch.accelerator.is_available() else 0)
+    assert PolyEncoderTrainingArguments(str(tmp_path), dataloader_num_workers=3).dataloader_num_workers == 3
