@@ -4,11 +4,11 @@
     python benchmarks/quality.py --runs bi-0 poly-64-0    # only these; several processes may share the work
     python benchmarks/quality.py --tables                 # from the runs there are
 
-Every run trains on the same backbone with the same number of examples and ranks the whole test split (DESIGN: 20
-candidates, seed 0). `--layers` keeps some layers of MiniLM, `--steps`, `--batch` and `--context_length` say how much is
-trained; all of these stand in the results. A run's result is its rank of each test context, so differences between runs
-are paired: their intervals are bootstrapped over the contexts. Writes benchmarks/results/quality/*.json, and
-quality.json and quality.png from them.
+Every run trains on the same backbone with the same number of examples, the Cross-encoder with half of them, and ranks
+the test split (20 candidates, seed 0). `--layers` keeps some layers of MiniLM, `--steps`, `--batch` and
+`--context_length` say how much is trained; all of these stand in the results. A run's result is its rank of each test
+context, so differences between runs are paired: their intervals are bootstrapped over the contexts. Writes
+benchmarks/results/quality/*.json, and quality.json and quality.png from them.
 """
 
 import argparse
@@ -156,7 +156,7 @@ def settings(name: str, seed: int, steps: int, folder: Path, options: argparse.N
 def distilled_data(base: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     """The training data with the Cross-encoder's scores, which are computed where they are missing."""
     teacher = Path(options.models) / TEACHER
-    if not teacher.is_dir():
+    if not (teacher / "training_args.json").is_file():
         raise FileNotFoundError(f"There is no teacher yet; run {TEACHER} first.")
     scores = ScoreOptions(folder=str(Path(options.models) / "teacher-scores"), num_negatives=1)
     write_scores(str(teacher), scores, make_options(base))
@@ -166,7 +166,7 @@ def distilled_data(base: dict[str, Any], options: argparse.Namespace) -> dict[st
 def pretrained(backbone: str, options: argparse.Namespace) -> str:
     """The backbone after pre-training on the same data, which is done where it is missing."""
     folder = Path(options.models) / PRETRAINED
-    if not folder.is_dir():
+    if not (folder / "training_args.json").is_file():
         trainer: Any = build_pretrainer(
             make_pretraining_options(
                 {
@@ -215,9 +215,14 @@ def recall(ranks: np.ndarray, k: int = 1) -> float:
 
 
 def paired_interval(first: np.ndarray, second: np.ndarray) -> tuple[float, float, float]:
-    """Points of R@1 by which the first leads, and its 95 % bootstrap interval over the contexts both ranked."""
-    both = min(len(first), len(second))
-    lead = 100.0 * ((first[:both] <= 1).astype(float) - (second[:both] <= 1))
+    """Points of R@1 by which the first leads, and its 95 % bootstrap interval over the contexts both ranked.
+
+    Args:
+        first, second: Ranks, `(contexts,)` or `(seeds, contexts)`.
+    """
+    both = min(first.shape[-1], second.shape[-1])
+    lead = 100.0 * ((first[..., :both] <= 1).astype(float) - (second[..., :both] <= 1))
+    lead = lead.reshape(-1, both).mean(axis=0)  # of a context over the seeds: the contexts are the sample
     draw = np.random.default_rng(0)
     means = [lead[draw.integers(both, size=both)].mean() for _ in range(DRAWS)]
     low, high = np.quantile(means, [0.025, 0.975])
@@ -279,10 +284,9 @@ def pairs(ranks: dict[str, np.ndarray], console: Console) -> list[dict[str, Any]
         seeds = [seed for seed in "0123" if f"{first}-{seed}" in ranks and f"{second}-{seed}" in ranks]
         if not seeds:
             continue
-        shortest = [min(len(ranks[f"{first}-{seed}"]), len(ranks[f"{second}-{seed}"])) for seed in seeds]
-        left = np.concatenate([ranks[f"{first}-{seed}"][:n] for seed, n in zip(seeds, shortest, strict=True)])
-        right = np.concatenate([ranks[f"{second}-{seed}"][:n] for seed, n in zip(seeds, shortest, strict=True)])
-        lead, low, high = paired_interval(left, right)
+        both = min(len(ranks[f"{name}-{seed}"]) for name in (first, second) for seed in seeds)
+        left, right = ([ranks[f"{name}-{seed}"][:both] for seed in seeds] for name in (first, second))
+        lead, low, high = paired_interval(np.stack(left), np.stack(right))
         console.print(f"{title}: {lead:+.2f} points of R@1/20, 95 % {low:+.2f} to {high:+.2f}, seeds: {len(seeds)}")
         found.append({"what": title, "lead": lead, "interval": [low, high], "seeds": len(seeds)})
     return found

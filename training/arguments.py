@@ -53,6 +53,9 @@ class DataArguments:
     columns: list[str] | None = field(
         default=None, metadata={"help": "Context, right candidate, wrong ones. All columns in order when left out."}
     )
+    eval_columns: list[str] | None = field(
+        default=None, metadata={"help": "The same where evaluated; `columns` when left out."}
+    )
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
     eval_dataset: str | None = field(default=None, metadata={"help": "Where to evaluate; `dataset` when left out."})
     eval_split: str | None = field(default="validation", metadata={"help": "Split to evaluate on; null for none."})
@@ -91,7 +94,7 @@ class RunArguments:
         },
     )
 
-    dataloader_num_workers: int | None = field(  # type: ignore[assignment]
+    dataloader_num_workers: int | None = field(
         default=None,
         metadata={
             "help": "Processes that tokenize ahead of the step; by default 2 beside a GPU, and 0 on a CPU, where they "
@@ -99,7 +102,17 @@ class RunArguments:
         },
     )
 
+    hub_strategy: str = field(
+        default="end", metadata={"help": "When to push; only 'end', because upstream's others push a pickled file."}
+    )
+
     def __post_init__(self) -> None:
+        if getattr(self.hub_strategy, "value", self.hub_strategy) != "end":
+            raise ValueError(f"hub_strategy must be 'end', not {self.hub_strategy!r}: the others push a pickled file.")
+        if self.dataloader_persistent_workers:  # type: ignore[attr-defined]
+            raise ValueError(
+                "dataloader_persistent_workers would give every epoch the first one's random draws. Leave it off."
+            )
         if self.dataloader_num_workers is None:
             self.dataloader_num_workers = 2 if torch.accelerator.is_available() else 0
         if self.bf16 is None:
@@ -151,6 +164,8 @@ class PaperArguments(RunArguments):
     )
 
     def __post_init__(self) -> None:
+        if self.optimizer not in ("adamw", "adamax"):
+            raise ValueError(f"optimizer is 'adamw' or 'adamax', not {self.optimizer!r}.")
         if self.evaluations_per_epoch is not None:
             if not self.evaluations_per_epoch > 0:
                 raise ValueError(f"evaluations_per_epoch must be above 0, got {self.evaluations_per_epoch}.")

@@ -57,41 +57,55 @@ class TrainingProgress(ProgressCallback):
 
 
 class StopOnSignal(TrainerCallback):
-    """Saves and stops after the step in which SIGTERM came, so that a resumed run goes on exactly there."""
+    """Saves and stops after the step in which SIGTERM came, so that a resumed run goes on exactly there.
+
+    Attributes:
+        stopped: Whether the last run was, by all its processes together.
+    """
 
     def __init__(self) -> None:
-        self.received: int | None = None
+        self.stopped = False
+        self._received = False
         self._before: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.stopped = self._received = False
         try:
             self._before = signal.signal(signal.SIGTERM, self._note)
         except ValueError:  # not the main thread, which alone may set handlers
             logger.warning("Training runs in a thread of its own, so SIGTERM will stop it without saving.")
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
+        self._received = True
         # A signal arrives between any two instructions, where the logging module's locks may be held.
         os.write(2, b"\nSIGTERM: saving after this step, then stopping.\n")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._everyone_stops(state.global_step, args.device):
+        if state.global_step < state.max_steps and self._everyone_stops(state.global_step, args.device):
+            self.stopped = True
             control.should_save = True
             control.should_training_stop = True
 
     def _everyone_stops(self, step: int, device: torch.device) -> bool:
         if not (distributed.is_initialized() and distributed.get_world_size() > 1):
-            return self.received is not None
+            return self._received
         if step % STEPS_BETWEEN_QUESTIONS:
             return False
-        flag = torch.tensor(0 if self.received is None else self.received, device=device)
+        flag = torch.tensor(int(self._received), device=device)
         distributed.all_reduce(flag, op=distributed.ReduceOp.MAX)
-        self.received = int(flag) or None
-        return self.received is not None
+        return bool(flag)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if self.stopped and "train_loss" in (logs or {}):
+            # The end of training. Where only the best checkpoint is to be kept, upstream would now remove the one just
+            # saved; the file in it still knows which is the best.
+            state.best_model_checkpoint = None
+
+    def restore(self) -> None:
+        """Give the signal back to who had it before the run."""
         if self._before is not None:
             signal.signal(signal.SIGTERM, self._before)
+            self._before = None
 
 
 class WarmUp(TrainerCallback):

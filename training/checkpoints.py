@@ -9,7 +9,6 @@ import logging
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -20,42 +19,40 @@ STATE_FILE = "trainer_state.json"
 _NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 
 
-class SavesTogether:
-    """For a Trainer whose model is written beside its folder and moved in: mixed in before it."""
-
-    accelerator: Any
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As upstream's; every process goes on when the model is in its place.
-
-        Otherwise another one would put its random state into the folder of a checkpoint before that is moved there.
-        """
-        super().save_model(output_dir, _internal_call)  # type: ignore[misc]
-        self.accelerator.wait_for_everyone()
-
-
-def last_checkpoint(folder: str | Path) -> Path | None:
-    """The newest whole checkpoint in a run's output folder; `None` where there is none."""
-    whole = [path for path in _checkpoints(Path(folder)) if is_whole(path)]
+def last_checkpoint(folder: str | Path, num_processes: int = 1) -> Path | None:
+    """The newest whole checkpoint in the output folder of a run of so many processes; `None` where there is none."""
+    whole = [path for path in _checkpoints(Path(folder)) if is_whole(path, num_processes)]
     return max(whole, key=_step, default=None)
 
 
-def remove_broken_checkpoints(folder: str | Path) -> list[Path]:
+def remove_broken_checkpoints(folder: str | Path, num_processes: int = 1) -> list[Path]:
     """Remove what a killed run left half written, and say which."""
-    broken = [path for path in _checkpoints(Path(folder)) if not is_whole(path)]
+    broken = [path for path in _checkpoints(Path(folder)) if not is_whole(path, num_processes)]
     for path in broken:
         logger.warning("%s is incomplete: a run was stopped while it saved. Removing it.", path)
         shutil.rmtree(path)
     return broken
 
 
-def is_whole(checkpoint: Path) -> bool:
-    """Whether everything of a checkpoint was written."""
+def is_whole(checkpoint: Path, num_processes: int = 1) -> bool:
+    """Whether everything of a checkpoint was written; of several processes each writes its own random state."""
     try:
         state = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
     except (OSError, json.JSONDecodeError, TypeError, UnicodeDecodeError):
         return False
+    has_random_state = any(checkpoint.glob("rng_state*.pth"))  # which a checkpoint of the model alone lacks
+    own = [checkpoint / f"rng_state_{process}.pth" for process in range(num_processes)]
+    if num_processes > 1 and has_random_state and not all(file.is_file() and file.stat().st_size for file in own):
+        return False
     return state.global_step == _step(checkpoint)
+
+
+def is_finished(checkpoint: str | Path, max_steps: int, num_train_epochs: float) -> bool:
+    """Whether a run of so many steps (epochs, where `max_steps` is not positive) is at its end in this checkpoint."""
+    state = TrainerState.load_from_json(str(Path(checkpoint) / STATE_FILE))
+    if max_steps > 0:
+        return state.global_step >= max_steps
+    return state.global_step >= state.max_steps and num_train_epochs <= state.num_train_epochs
 
 
 def checked_checkpoint(checkpoint: str | Path) -> Path:

@@ -5,6 +5,7 @@ the loading, found something.
 """
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,6 +42,23 @@ def check_cells(data: Dataset, source: str) -> None:
             f"Row {bad.row + 1} of {source}: the column {bad.column!r} {bad.problem}. Repair it or leave it out, or "
             f"name the columns to read with --columns; there are {data.column_names}."
         )
+
+
+def check_scores(column: pa.ChunkedArray, number: int, source: str) -> None:
+    """See that a teacher's scores are there for every row: as many finite numbers as it has candidates.
+
+    Raises:
+        ValueError: they are not; the first such row is named.
+    """
+    lists = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
+    if not lists or not pa.types.is_floating(column.type.value_type):
+        raise ValueError(f"The column scores of {source} is {column.type}; expected a list of {number} numbers a row.")
+    for row, scores in enumerate(column.to_pylist()):
+        if scores is None or len(scores) != number or not all(s is not None and math.isfinite(s) for s in scores):
+            raise ValueError(
+                f"Row {row + 1} of {source} has the scores {scores!r:.80}; expected {number} finite numbers, one for "
+                "each candidate column. Score the data anew with training/distill.py."
+            )
 
 
 def is_json_lines(source: str) -> bool:
@@ -125,7 +143,26 @@ def _bad_in_column(data: Dataset, name: str, is_context: bool) -> BadCell | None
         return BadCell(pc.list_parent_indices(cells)[_first(nulls)].as_py(), name, "has a turn that is null")
     if isinstance(feature.feature, Value) and feature.feature.dtype not in ("string", "large_string"):
         return BadCell(0, name, f"is a list of {feature.feature.dtype}, where turns are texts")
+    if isinstance(feature.feature, Value):
+        blank = pc.equal(pc.utf8_trim_whitespace(pc.list_flatten(cells)), "")
+        if not pc.any(blank).as_py():
+            return None
+    return _first_bad_conversation(data, name)
+
+
+def _first_bad_conversation(data: Dataset, name: str) -> BadCell | None:
+    """Row by row, for what only reading a conversation shows: messages without content, nothing but blank turns."""
+    for row, conversation in enumerate(data[name]):
+        if (problem := _problem_of(conversation)) is not None:
+            return BadCell(row, name, problem)
     return None
+
+
+def _problem_of(conversation: Any) -> str | None:
+    try:
+        return None if context_text(conversation).strip() else "is empty"
+    except (TypeError, ValueError) as error:
+        return f"cannot be read. {error}"
 
 
 def _described(feature: Any) -> str:

@@ -13,9 +13,10 @@ from datasets import Dataset, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
 from poly_encoders.training.chitchat import chitchat_ranking_sets, load_chitchat
-from poly_encoders.training.data_checks import check_cells, check_json_lines, is_json_lines
+from poly_encoders.training.data_checks import check_cells, check_json_lines, check_scores, is_json_lines
 from poly_encoders.training.task_data import TASK_FILES, load_task_examples, load_task_sets
 
+SCORES = "scores"
 LABEL_COLUMNS = ("label", "labels", "score", "scores")  # sentence-transformers' trainers take them for labels
 _LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 
@@ -53,6 +54,7 @@ def load_examples(
         data = _load_saved(source, split)
     else:
         data = load_dataset(source, config_name, split=split)
+    before = text_columns(data)[1:]
     if columns:
         if missing := [name for name in columns if name not in data.column_names]:
             raise ValueError(f"{source} has no column {missing}; it has {data.column_names}.")
@@ -62,10 +64,23 @@ def load_examples(
     if len(data) == 0:
         raise _no_rows(f"{source} has no rows in split {split!r}")
     if max_negatives is not None:
-        data = data.select_columns(text_columns(data)[: 2 + max_negatives])
+        labels = [name for name in data.column_names if name in LABEL_COLUMNS]
+        data = data.select_columns([*text_columns(data)[: 2 + max_negatives], *labels])
     if source != "chitchat" and source not in TASK_FILES:
         check_cells(data.select_columns(text_columns(data)), source)
-    return data
+    return _with_scores_of(data, before, source) if SCORES in data.column_names else data
+
+
+def _with_scores_of(data: Dataset, before: list[str], source: str) -> Dataset:
+    """The data whose teacher's scores, of the candidate columns `before`, are those of the columns that are left."""
+    check_scores(data.data.column(SCORES), len(before), source)
+    kept = text_columns(data)[1:]
+    if missing := [name for name in kept if name not in before]:
+        raise ValueError(f"{source} has no teacher's scores of the columns {missing}. Score them with a teacher first.")
+    if kept == before:
+        return data
+    places = [before.index(name) for name in kept]
+    return data.map(lambda scores: {SCORES: [scores[place] for place in places]}, input_columns=SCORES)
 
 
 def text_columns(data: Dataset) -> list[str]:

@@ -4,11 +4,12 @@
     accelerate launch training/distill.py --config my.yaml --teacher models/my-cross-encoder
 
 The file has four parts. `data` holds options of train.py for both models, `teacher` and `student` those of each, and
-`scores` says what the teacher scores. A step that is done is not done again, and one that was stopped goes on where it
-was: give the same command once more.
+`scores` says what the teacher scores. A teacher that is trained and scores that are there are taken as they are, and a
+training that was stopped goes on where it was: give the same command once more.
 """
 
 import argparse
+import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ from poly_encoders.training.train import Options, make_options, run
 
 logger = logging.getLogger(__name__)
 
+NOTE = "teacher.json"  # in the folder of the scores: what made them
 PARTS = ("data", "teacher", "scores", "student")
 
 
@@ -76,17 +78,20 @@ def read_plan(path: str) -> Plan:
         raise ValueError(f"{path}: the part scores takes {known}, of which it needs folder ({error}).") from error
     resumed = {"resume_from_checkpoint": LAST}
     teacher = make_options({**parts["data"], **parts["teacher"], **resumed})
-    student = make_options(
-        {
-            **parts["data"],
-            "eval_dataset": parts["data"].get("eval_dataset", parts["data"].get("dataset", teacher.data.dataset)),
-            **parts["student"],
-            **resumed,
-            "dataset": scores.folder,
-            "max_train_examples": None,
-            "columns": None,
-        }
-    )
+    kept = teacher.data.max_negatives
+    # The student trains on what the teacher scored, whose columns are its own, and is evaluated as the teacher is.
+    scored: dict[str, Any] = {
+        "dataset": scores.folder,
+        "train_split": "train",
+        "columns": None,
+        "max_train_examples": None,
+    }
+    scored |= {
+        "eval_dataset": teacher.data.eval_dataset or teacher.data.dataset,
+        "eval_columns": teacher.data.eval_columns or teacher.data.columns,
+        "max_negatives": None if kept is None else max(kept, scores.num_negatives),
+    }
+    student = make_options({**parts["data"], **parts["student"], **resumed, **scored})
     if student.training.distillation is None:
         raise ValueError(f"{path}: the student has no distillation; give it 'kl' or 'margin_mse'.")
     return Plan(teacher, scores, student)
@@ -105,10 +110,14 @@ def train_teacher(options: Options) -> str:
 def write_scores(teacher: str, options: ScoreOptions, source: Options) -> None:
     """Score the training data with the teacher in a folder or on the Hub, unless that was done."""
     state, folder = process_state(), Path(options.folder)
+    data, training = source.data, source.training
+    chosen = ("dataset", "dataset_config", "train_split", "data_dir", "columns", "max_train_examples", "max_negatives")
+    made = {"teacher": teacher, "num_negatives": options.num_negatives, "seed": options.seed}
+    made |= {name: getattr(data, name) for name in chosen} | {"sample_seed": training.seed}
     if folder.is_dir() and any(folder.iterdir()):
+        _check_made(folder, made)
         logger.info("The teacher's scores in %s are there already.", folder)
         return
-    data, training = source.data, source.training
     with state.main_process_first():
         examples = load_examples(
             data.dataset, data.train_split, data.columns, data.dataset_config, data.data_dir, data.max_negatives
@@ -120,7 +129,24 @@ def write_scores(teacher: str, options: ScoreOptions, source: Options) -> None:
     if state.is_main_process:
         with staged_folder(folder) as staging:
             scored.save_to_disk(staging)
+            Path(staging, NOTE).write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
     state.wait_for_everyone()
+
+
+def _check_made(folder: Path, made: dict[str, Any]) -> None:
+    """See that the scores in a folder are those that are wanted.
+
+    Raises:
+        ValueError: another teacher's, or of other data.
+    """
+    note = folder / NOTE
+    found = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
+    if different := sorted(name for name in made if found.get(name) != made[name]):
+        was = {name: found.get(name) for name in different}
+        wanted = {name: made[name] for name in different}
+        raise ValueError(
+            f"The scores in {folder} were made with {was}, but {wanted} is wanted. Name another folder, or delete it."
+        )
 
 
 def distill(plan: Plan, teacher: str | None = None) -> Any:

@@ -156,7 +156,7 @@ class InBatchNegativesLoss(CachedLossMixin, nn.Module):
         else:
             candidates = scores
         loss = cross_entropy(candidates, right)
-        if self.distillation is None or not self.model.training:  # validation is without the teacher
+        if self.distillation is None or not _is_training(self.model):  # validation is without the teacher
             return loss
         own = right[:, None] + len(column_keys[0]) * torch.arange(len(columns), device=scores.device)
         return self.distillation.mix(loss, scores.gather(1, own), teacher)
@@ -204,7 +204,7 @@ class SampledNegativesLoss(nn.Module):
         mask: Tensor = features.pop("candidate_mask")
         scores = self.model(features)["scores"].float().view(mask.shape)
         loss = cross_entropy(scores.masked_fill(~mask, -torch.inf), mask.new_zeros(len(mask), dtype=torch.long))
-        if self.distillation is None or not self.model.training:
+        if self.distillation is None or not _is_training(self.model):
             return loss
         own = scores if labels is None else scores[:, : labels.shape[1]]
         return self.distillation.mix(loss, own, labels)
@@ -212,6 +212,11 @@ class SampledNegativesLoss(nn.Module):
     def get_config_dict(self) -> dict[str, Any]:
         """The options, for the model card."""
         return {"distillation": None if self.distillation is None else vars(self.distillation)}
+
+
+def _is_training(model: nn.Module) -> bool:
+    """Of the model itself: distributed training's wrapper stays in training while what it wraps is evaluated."""
+    return getattr(model, "module", model).training
 
 
 def text_keys(input_ids: Tensor, attention_mask: Tensor) -> Tensor:

@@ -79,7 +79,7 @@ class Selection(NamedTuple):
     """The negatives of one row."""
 
     chosen: list[int]  # positions in the ranking
-    duplicates: int  # near-duplicates of the right candidates met on the way
+    duplicates: int  # near-duplicates of the right candidates met on the way, those within the margin
     too_close: int  # candidates met on the way that the margin leaves out
 
 
@@ -112,14 +112,14 @@ def select_negatives(
     for position, (text, score) in enumerate(zip(texts, scores, strict=True)):
         if text in own:
             continue
+        if rank >= options.skip_top and score > highest:  # before comparing words, which takes far longer
+            too_close += 1
+            continue
         if any(is_near_duplicate(text, right, options.max_positive_similarity) for right in own):
             duplicates += 1
             continue
         rank += 1
         if rank <= options.skip_top:
-            continue
-        if score > highest:
-            too_close += 1
             continue
         eligible.append(position)
         if options.sampling == "top" and len(eligible) == options.num_negatives:

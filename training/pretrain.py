@@ -49,6 +49,7 @@ class PreTrainingDataArguments:
 
     dataset: str = field(default="chitchat", metadata={"help": "'chitchat', a .jsonl/.csv/.parquet file, or a Hub id."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the Hub data set."})
+    data_dir: str | None = field(default=None, metadata={"help": "Folder with the files of one of the paper's tasks."})
     columns: list[str] | None = field(
         default=None, metadata={"help": "Context and response. The first two columns when left out."}
     )
@@ -86,7 +87,9 @@ def build_trainer(options: Options) -> PreTrainer:
     """Model, data and trainer, ready to train."""
     model, data, training = options
     set_seed(training.seed)
-    examples = load_examples(data.dataset, data.train_split, data.columns, data.dataset_config)
+    examples = load_examples(
+        data.dataset, data.train_split, data.columns, data.dataset_config, data.data_dir, max_negatives=0
+    )
     return PreTrainer(
         model=PreTrainingModel.from_checkpoint(
             packaged_minilm() if model.model_name_or_path == "minilm" else model.model_name_or_path,
@@ -107,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parse_options(argv)
     trainer = build_trainer(options)
     try:
-        train_to_end(trainer, trainer.signals)
+        train_to_end(trainer)
     except Stopped as stopped:
         logger.info("%s", stopped)
         end_processes()

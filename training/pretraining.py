@@ -35,7 +35,8 @@ from poly_encoders import CrossEncoder
 from poly_encoders.modeling import staged_folder
 from poly_encoders.training.arguments import RunArguments
 from poly_encoders.training.callbacks import StopOnSignal, TrainingProgress, replace_file
-from poly_encoders.training.checkpoints import SavesTogether
+from poly_encoders.training.data_sources import text_columns
+from poly_encoders.training.running import RunTrainer
 from poly_encoders.training.trainers import freeze_word_embeddings, set_dropout
 
 #: Where a pre-trained folder keeps its Cross-encoder.
@@ -237,7 +238,7 @@ class PreTrainingPairs(torch.utils.data.Dataset):
         self.data = data
         self.update_size = update_size
         self.seed = seed
-        self.context_column, self.response_column = data.column_names[:2]
+        self.context_column, self.response_column = text_columns(data)[:2]
         responses = iter(data[self.response_column])
         first = next(responses)
         if all(response == first for response in responses):
@@ -309,7 +310,7 @@ class PreTrainingCollator:
         return {**features, "input_ids": ids, "labels": labels}
 
 
-class PreTrainer(SavesTogether, Trainer):
+class PreTrainer(RunTrainer, Trainer):
     """Pre-trains a `PreTrainingModel`; logs the losses of both tasks and how often the next utterance is told right.
 
     Args:
@@ -336,8 +337,7 @@ class PreTrainer(SavesTogether, Trainer):
             **kwargs,
         )
         self.add_callback(self.signals)
-        if not args.disable_tqdm:
-            self.remove_callback(ProgressCallback)
+        if self.pop_callback(ProgressCallback) is not None:  # notebooks have another
             self.add_callback(TrainingProgress())
         # Since the last log, for each of _MEASURES: the sum over batches, and how many there were.
         self._sums = torch.zeros(len(_MEASURES), 2, device=args.device)

@@ -39,6 +39,8 @@ class TaskFiles(NamedTuple):
     test: tuple[str, ...]  # all of these; none where it was never published
 
 
+READER = 1  # raise it where a reader gives other rows, or old ones would come from the cache
+
 TASK_FILES: dict[str, TaskFiles] = {
     "convai2": TaskFiles(("train_self_original.txt",), ("valid_self_original.txt",), ()),
     "dstc7": TaskFiles(
@@ -81,6 +83,7 @@ def load_task_examples(task: str, split: str, data_dir: str | None, max_negative
         "split": split,
         "files": tuple(str(file.resolve()) for file in files),
         "max_negatives": max_negatives,
+        "reader": READER,
         "versions": tuple((file.stat().st_size, file.stat().st_mtime_ns) for file in files),  # a changed file is new
     }
     try:
@@ -134,7 +137,12 @@ def task_files(task: str, split: str, data_dir: str | None) -> list[Path]:
 
 
 def _rows(
-    task: str, split: str, files: tuple[str, ...], max_negatives: int | None, versions: tuple[tuple[int, int], ...]
+    task: str,
+    split: str,
+    files: tuple[str, ...],
+    max_negatives: int | None,
+    reader: int,
+    versions: tuple[tuple[int, int], ...],
 ) -> Iterator[dict[str, Any]]:
     """The rows of the data set, all with the same columns."""
     samples = _samples(task, split, [Path(file) for file in files])

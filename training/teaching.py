@@ -1,5 +1,6 @@
 """A teacher's scores beside the data: computed once, learnt from by any student in any number of epochs."""
 
+import itertools
 from typing import Any
 
 import torch
@@ -9,9 +10,9 @@ from tqdm.auto import tqdm
 
 from poly_encoders import CrossEncoder
 from poly_encoders.training.collators import draw_candidates
+from poly_encoders.training.data_sources import SCORES, text_columns
 from poly_encoders.training.mining import process_state
 
-SCORES = "scores"
 ROWS_AT_ONCE = 256
 
 
@@ -35,7 +36,7 @@ def add_teacher_scores(
         show_progress_bar: Show a bar, in the main process.
 
     Returns:
-        The data with the columns `negative_1` ... `negative_n` for those drawn and `scores`, `(1 + n)` floats a row in
+        The data with a column `negative_...` for each of those drawn and `scores`, `(1 + n)` floats a row in
         the order of the candidate columns: what a trainer with `distillation` takes.
 
     Raises:
@@ -43,6 +44,7 @@ def add_teacher_scores(
     """
     if SCORES in data.column_names:
         raise ValueError(f"The data has a column {SCORES} already; remove it to score anew.")
+    data = data.select_columns(text_columns(data))  # labels would be taken for the teacher's scores
     context_column, right_column, *own = data.column_names
     drawn = max(0, num_negatives - len(own))
     if drawn + len(own) < 1:
@@ -65,8 +67,8 @@ def add_teacher_scores(
             found += zip(numbers, new, scores.tolist(), strict=True)
             bar.update(len(few))
     found = sorted(gather_object(found))
-    for place in range(drawn):
-        name = f"negative_{len(own) + place + 1}"
+    free = (name for name in map("negative_{}".format, itertools.count(1)) if name not in own)
+    for place, name in zip(range(drawn), free, strict=False):
         data = data.add_column(name, [texts[place] for _, texts, _ in found])
     return data.add_column(SCORES, [scores for _, _, scores in found])
 

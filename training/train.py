@@ -12,6 +12,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from datasets import Dataset
@@ -105,13 +106,20 @@ def packaged_minilm() -> str:
 def load_evaluation(data: DataArguments, training: Any) -> tuple[CandidateRankingEvaluator, Dataset | None]:
     """What ranks the validation split, and the examples whose loss is measured."""
     source, split = data.eval_dataset or data.dataset, data.eval_split or ""
+    columns = data.eval_columns or data.columns
+    if source == data.dataset and Path(source).exists() and not Path(source, "dataset_dict.json").is_file():
+        logger.warning(
+            "%s is one split, so the evaluation is on rows that are trained on. Give --eval_dataset, or --eval_split "
+            "null.",
+            source,
+        )
     sets = load_ranking_sets(
         source,
         split,
         data.eval_set_size,
         training.seed,
         data.max_eval_sets,
-        data.columns,
+        columns,
         data.dataset_config,
         data.data_dir,
     )
@@ -121,7 +129,7 @@ def load_evaluation(data: DataArguments, training: Any) -> tuple[CandidateRankin
     )
     if data.max_eval_examples == 0:
         return evaluator, None
-    examples = load_examples(source, split, data.columns, data.dataset_config, data.data_dir, data.max_negatives)
+    examples = load_examples(source, split, columns, data.dataset_config, data.data_dir, data.max_negatives)
     return evaluator, sample_examples(examples, data.max_eval_examples, training.seed)
 
 
@@ -150,7 +158,7 @@ def run(options: Options) -> Any:
         NonFiniteLossError, Stopped, OSError: as `train_to_end` and the trainer say.
     """
     trainer: Any = build_trainer(options)
-    train_to_end(trainer, trainer.signals)
+    train_to_end(trainer)
     if trainer.evaluator is not None or trainer.eval_dataset is not None:
         trainer.log_metrics("eval", trainer.evaluate())
     return trainer

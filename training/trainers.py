@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformerTrainer
 from sentence_transformers.base.sampler import BatchSamplers
@@ -31,10 +31,10 @@ from poly_encoders.training.arguments import (
     PolyEncoderTrainingArguments,
 )
 from poly_encoders.training.callbacks import EvaluationCurve, StopOnSignal, TrainingProgress, WarmUp, replace_file
-from poly_encoders.training.checkpoints import SavesTogether
 from poly_encoders.training.collators import ContextFirstCollator, PairCollator, row_lengths
 from poly_encoders.training.data_sources import text_columns
 from poly_encoders.training.losses import InBatchNegativesLoss, SampledNegativesLoss
+from poly_encoders.training.running import RunTrainer
 from poly_encoders.training.sampling import LengthSortedBatchSampler
 from poly_encoders.training.schedules import WarmupReduceLROnPlateau
 from poly_encoders.training.sharding import WholeModel, shard_by_layers
@@ -44,9 +44,9 @@ CHARACTERS_PER_TOKEN = 6  # at least so many hardly ever: a text of more than th
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss became NaN or infinite. `path` is the file that has the batch."""
+    """The loss, or its gradient, became NaN or infinite. `path` is the file that has the batch."""
 
-    def __init__(self, step: int, loss: float, path: Path) -> None:
+    def __init__(self, step: int, loss: float | str, path: Path) -> None:
         super().__init__(
             f"The loss of step {step} is {loss}, so training stopped; no weights were overwritten. The batch is in "
             f"{path}. Look at its texts; if they are fine, lower learning_rate, or train with --bf16 false, and go on "
@@ -55,7 +55,7 @@ class NonFiniteLossError(RuntimeError):
         self.path = path
 
 
-class PaperTrainer(SavesTogether):
+class PaperTrainer(RunTrainer):
     """What the three trainers share; mixed in before upstream's class."""
 
     args: Any
@@ -86,6 +86,7 @@ class PaperTrainer(SavesTogether):
         self.signals = StopOnSignal()
         kwargs["callbacks"] = [
             _Epochs(self),
+            _FiniteGradients(self),
             WarmUp(),
             EvaluationCurve(),
             self.signals,
@@ -94,10 +95,9 @@ class PaperTrainer(SavesTogether):
         super().__init__(model, args, train_dataset, eval_dataset, loss, evaluator, **kwargs)  # type: ignore[call-arg]
         self._whole: WholeModel | None = None
         if self.is_fsdp_enabled:  # type: ignore[attr-defined]
-            shard_by_layers(self.accelerator.state.fsdp_plugin, self.model)  # type: ignore[attr-defined]
+            shard_by_layers(self.accelerator.state.fsdp_plugin, self.model)
             self._whole = WholeModel(self.model) if args.should_save else None
-        if not args.disable_tqdm:
-            self.remove_callback(ProgressCallback)  # type: ignore[attr-defined]
+        if self.pop_callback(ProgressCallback) is not None:  # type: ignore[attr-defined]  # notebooks have another
             self.add_callback(TrainingProgress())  # type: ignore[attr-defined]
 
     def call_model_init(self, trial: Any = None) -> Any:
@@ -175,18 +175,17 @@ class PaperTrainer(SavesTogether):
         loss = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
         self._batches_seen += 1
         if not bool(loss.isfinite()):
-            path = self._write_batch(loss.item(), inputs)
-            raise NonFiniteLossError(self.state.global_step + 1, loss.item(), path)
+            raise NonFiniteLossError(self.state.global_step + 1, loss.item(), self.write_batch(inputs))
         return loss
 
-    def _write_batch(self, loss: float, inputs: Any) -> Path:
-        """The rows of the batch just seen, with their numbers in the data set; its texts where no row is known."""
+    def write_batch(self, inputs: Any = None) -> Path:
+        """Write the rows of the batch just seen, with their numbers in the data set; its texts where none is known."""
         step, data = self.state.global_step + 1, self.train_dataset  # type: ignore[attr-defined]
-        found: dict[str, Any] = {"step": step, "loss": str(loss)}
+        found: dict[str, Any] = {"step": step}
         if self.length_sorted_sampler() is not None:  # another sampler's order need not come again
             rows: list[int] = next(itertools.islice(self._batch_sampler, self._batches_seen - 1, None), [])
             found |= {"rows": rows, "examples": [data[row] for row in rows]}
-        else:
+        elif inputs is not None:
             sides = {name: ids for name, ids in _flat(inputs).items() if name.endswith("input_ids")}
             decode = self.model.tokenizer.batch_decode
             found |= {name.removesuffix("_input_ids"): decode(ids, True) for name, ids in sides.items()}
@@ -221,10 +220,30 @@ class PaperTrainer(SavesTogether):
         replace_file(folder / "training_args.json", self.args.to_json_string().encode())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self._whole is not None or self.is_fsdp_enabled:  # type: ignore[attr-defined]
+            raise ValueError(
+                "Whole weights cannot be loaded into a sharded model, so FSDP runs cannot be resumed. Start from the "
+                "checkpoint as a model (--model_name_or_path), or train without FSDP."
+            )
         if not has_lora(self.model):
             super()._load_from_checkpoint(resume_from_checkpoint)  # type: ignore[misc]
         else:
             load_trainable_state(self.model, load_file(str(Path(resume_from_checkpoint) / TRAINABLE)))
+
+
+class _FiniteGradients(TrainerCallback):
+    """Stops a run whose gradients are NaN or infinite though its loss is not, before they reach the weights."""
+
+    def __init__(self, trainer: PaperTrainer) -> None:
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        trainer: Any = self.trainer
+        if trainer.accelerator.scaler is not None or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            return  # float16's scaler skips such steps by itself; shards have no gradients of their own to look at
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        if gradients and not bool(nn.utils.get_total_norm(gradients).isfinite()):
+            raise NonFiniteLossError(state.global_step + 1, "finite, but its gradients are not", trainer.write_batch())
 
 
 class _Epochs(TrainerCallback):
@@ -336,7 +355,9 @@ class CrossEncoderTrainer(PaperTrainer, UpstreamCrossEncoderTrainer):
             self.data_collator = collator
 
     def collect_features(self, inputs: dict[str, Any]) -> tuple[Any, Tensor | None]:
-        """The pairs' tokens, and the teacher's scores where there are some."""
+        """The pairs' tokens, and the teacher's scores where there are some; texts with upstream's collator."""
+        if "features" not in inputs:
+            return super().collect_features(inputs)
         return inputs["features"], inputs.get("label")
 
     def get_default_loss(self, model: Any) -> nn.Module:
@@ -353,13 +374,14 @@ def set_evaluation_steps(args: Any, data: Any) -> None:
     """Turn `evaluations_per_epoch` into steps, for evaluating and for saving."""
     if args.evaluations_per_epoch is None:
         return
-    if not isinstance(data, Dataset):
+    if not isinstance(data, Dataset | DatasetDict):
         raise ValueError("evaluations_per_epoch needs a data set of known length; give eval_steps for a streamed one.")
-    batches = len(data) / (args.train_batch_size * args.world_size)
+    rows = len(data) if isinstance(data, Dataset) else sum(data.num_rows.values())
+    batches = rows / (args.train_batch_size * args.world_size)
     batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
     steps = max(1, round(batches / args.gradient_accumulation_steps / args.evaluations_per_epoch))
     args.eval_strategy, args.eval_steps = IntervalStrategy.STEPS, steps
-    if args.save_strategy != SaveStrategy.NO:
+    if args.save_strategy in (SaveStrategy.STEPS, SaveStrategy.EPOCH):
         args.save_strategy, args.save_steps = SaveStrategy.STEPS, steps
 
 

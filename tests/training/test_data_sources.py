@@ -155,3 +155,45 @@ def test_saved_data_sets(tmp_path):
     data.add_column("bad", [None] * 12).save_to_disk(str(tmp_path / "nulls"))
     with pytest.raises(ValueError, match=r"Row 1 of .*'bad' is null or missing"):
         load_examples(str(tmp_path / "nulls"))
+
+
+SCORED = [
+    {"context": f"q{i}", "right": f"a{i}", "n1": f"b{i}", "n2": f"c{i}", "scores": [3.0, 2.0, 1.0]} for i in range(4)
+]
+
+
+def test_scores_go_with_their_columns(tmp_path):
+    path = tmp_path / "scored.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in SCORED))
+    assert load_examples(str(path))["scores"][0] == [3.0, 2.0, 1.0]
+    swapped = load_examples(str(path), columns=["context", "right", "n2", "n1", "scores"])
+    assert swapped[0]["scores"] == [3.0, 1.0, 2.0]
+    assert load_examples(str(path), columns=["context", "right", "n2", "scores"])[0]["scores"] == [3.0, 1.0]
+    fewer = load_examples(str(path), max_negatives=1)
+    assert fewer.column_names == ["context", "right", "n1", "scores"]
+    assert fewer[0]["scores"] == [3.0, 2.0]
+    assert "scores" not in load_examples(str(path), columns=["context", "right", "n1"]).column_names
+    assert load_ranking_sets(str(path), "train", size=3, seed=0)[0]["candidates"] == ["a0", "b0", "c0"]
+
+
+@pytest.mark.parametrize("scores", [None, [1.0, 2.0], [1.0, 2.0, None], [1.0, 2.0, float("inf")]])
+def test_scores_that_are_wrong_are_named(tmp_path, scores):
+    path = tmp_path / "scored.parquet"
+    Dataset.from_list([SCORED[0], {**SCORED[1], "scores": scores}]).to_parquet(str(path))
+    with pytest.raises(ValueError, match=r"Row 2 .*3 finite numbers"):
+        load_examples(str(path))
+
+
+@pytest.mark.parametrize(
+    "context",
+    [[{"role": "user", "content": None}], [{"role": "user"}], [["a", "b"]], ["", " "]],
+    ids=["content null", "no content", "nested", "blank"],
+)
+def test_conversations_that_cannot_be_read_are_named_before_training(tmp_path, context):
+    path = tmp_path / "talk.jsonl"
+    good = [{"role": "user", "content": "hi"}] if isinstance(context[0], dict) else ["hi"]
+    good = [["hi"]] if isinstance(context[0], list) else good
+    rows = [{"context": good, "right": "b"}, {"context": context, "right": "d"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=r"Line [12] of "):
+        load_examples(str(path))

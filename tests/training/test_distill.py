@@ -1,6 +1,8 @@
 """Teacher, scores, student: each step once, and a student that learns what its teacher knows."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from poly_encoders import BiEncoder, CrossEncoder, PolyEncoder
 from poly_encoders.training.arguments import PolyEncoderTrainingArguments
 from poly_encoders.training.distill import main, read_plan
 from poly_encoders.training.teaching import add_teacher_scores, score_rows
+from poly_encoders.training.train import build_trainer
 from poly_encoders.training.trainers import PolyEncoderTrainer
 
 ROWS = [{"context": ["so", f"what is {i}"], "right": f"it is {i}", "wrong": f"it was {i}"} for i in range(12)]
@@ -26,15 +29,15 @@ def teacher(request, checkpoints):
 def test_scores_are_the_teacher_s(teacher):
     data = Dataset.from_list(ROWS)
     scored = add_teacher_scores(teacher, data, num_negatives=3, show_progress_bar=False)
-    assert scored.column_names == ["context", "right", "wrong", "negative_2", "negative_3", "scores"]
+    assert scored.column_names == ["context", "right", "wrong", "negative_1", "negative_2", "scores"]
     for row in scored:
-        candidates = [row[name] for name in ("right", "wrong", "negative_2", "negative_3")]
+        candidates = [row[name] for name in ("right", "wrong", "negative_1", "negative_2")]
         ranked = sorted(teacher.rank(row["context"], candidates), key=lambda entry: entry["corpus_id"])
         assert row["scores"] == pytest.approx([entry["score"] for entry in ranked], abs=1e-4)
         assert row["right"] not in candidates[1:]
         assert set(candidates[2:]) <= {other["right"] for other in ROWS}
     again = add_teacher_scores(teacher, data, num_negatives=3, show_progress_bar=False)
-    assert again["negative_3"][:] == scored["negative_3"][:]
+    assert again["negative_2"][:] == scored["negative_2"][:]
 
 
 def test_what_cannot_be_scored(teacher):
@@ -111,6 +114,46 @@ def test_all_three_steps_in_a_row_and_none_twice(config, tmp_path, caplog):
     assert (tmp_path / "teacher" / "model.safetensors").stat().st_mtime_ns == before
     assert "trained already" in caplog.text
     assert "there already" in caplog.text
+
+
+def test_scores_of_another_teacher_are_refused(config, tmp_path, saved_poly_encoder):
+    main(["--config", config(), "--teacher", str(saved_poly_encoder)])
+    with pytest.raises(ValueError, match=r"were made with.*teacher"):
+        main(["--config", config()])
+    file = config(scores={**config.parts["scores"], "num_negatives": 3})
+    with pytest.raises(ValueError, match=r"num_negatives.*3"):
+        main(["--config", file, "--teacher", str(saved_poly_encoder)])
+
+
+def test_columns_and_limits_of_the_data_reach_the_student_as_they_should(config, tmp_path):
+    """The student's training data has the scored columns; what evaluates it is read as the teacher's is."""
+    rows = [{"id": f"id{i}", "context": f"what is {i}", "right": f"it is {i}", "wrong": "no"} for i in range(12)]
+    file = tmp_path / "more.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {**config.parts["data"], "dataset": str(file), "columns": ["context", "right", "wrong"], "max_negatives": 0}
+    plan = read_plan(config(data=data))
+    main(["--config", config(data=data)])
+    trainer = build_trainer(plan.student)
+    assert trainer.train_dataset.column_names == ["context", "right", "negative_1", "negative_2", "scores"]
+    sample = trainer.evaluator.samples[0]
+    assert sample["context"].startswith("what is")
+    assert sample["candidates"][:2] == ["it is " + sample["context"].removeprefix("what is "), "no"]
+
+
+@pytest.mark.parametrize("processes", [2])
+def test_a_student_of_two_processes_is_evaluated(config, tmp_path, processes):
+    """Validation is without the teacher, also where distributed training wraps the model."""
+    student = {**config.parts["student"], "eval_strategy": "steps", "eval_steps": 1, "bf16": False, "use_cpu": True}
+    file = config(
+        teacher={**config.parts["teacher"], "bf16": False, "use_cpu": True, "ddp_backend": "gloo"},
+        student={**student, "ddp_backend": "gloo"},
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    done = subprocess.run(
+        [*command, "-m", "poly_encoders.training.distill", "--config", file], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+    assert PolyEncoder(str(tmp_path / "student"), device="cpu").rank("what is 3", ["it is 3", "it is 4"])
 
 
 def test_a_teacher_that_one_has(config, tmp_path, saved_poly_encoder):

@@ -1,11 +1,11 @@
 """Runs that are killed, stopped, starved of disk or fed NaN: nothing is lost, and resuming changes nothing."""
 
-import errno
 import json
 import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -162,9 +162,53 @@ def test_a_signal_stops_after_the_step(options, tmp_path):
     trainer.training_step = step
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Stopped, match="step 5"):
-        train_to_end(trainer, trainer.signals)
+        train_to_end(trainer)
     assert signal.getsignal(signal.SIGTERM) is before
     assert is_whole(tmp_path / "out" / "checkpoint-5")
+
+
+def test_the_signal_s_checkpoint_stays_where_only_the_best_is_kept(options, tmp_path):
+    changes = {"save_total_limit": 1, "load_best_model_at_end": True, "metric_for_best_model": "eval_train_mrr"}
+    trainer = build_trainer(make_options(options(**changes, save_steps=1, eval_steps=1, learning_rate=1e-8)))
+    original = trainer.training_step
+
+    def step(*args, **kwargs):
+        if trainer.state.global_step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args, **kwargs)
+
+    trainer.training_step = step
+    with pytest.raises(Stopped):
+        train_to_end(trainer)
+    assert is_whole(tmp_path / "out" / "checkpoint-5")
+    trainer.training_step = original
+    trainer.train()  # the signal is forgotten
+    assert trainer.state.global_step == STEPS
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear"])
+def test_resuming_a_run_that_only_lacked_its_last_save(options, tmp_path, schedule):
+    """Killed after the last checkpoint, in the middle of an epoch: not a step more is made."""
+    settings = options(max_steps=9, lr_scheduler_type=schedule, eval_strategy="no")
+    whole = run(make_options(settings))
+    (tmp_path / "out" / "model.safetensors").unlink()
+    again = run(make_options({**settings, "resume_from_checkpoint": "last"}))
+    assert again.state.global_step in (0, 9)
+    for (name, expected), found in zip(whole.model.named_parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(found, expected), name
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert not (tmp_path / "out" / "checkpoint-10").exists()
+
+
+def test_gradients_that_are_no_numbers_stop_the_run_too(options, tmp_path):
+    trainer = build_trainer(make_options(options(eval_strategy="no")))
+    parameter = trainer.model[0].model.codes
+    parameter.register_hook(lambda gradient: gradient * (float("nan") if trainer.state.global_step == 3 else 1.0))
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(NonFiniteLossError, match="step 4"):
+        trainer.train()
+    assert all(bool(parameter.isfinite().all()) for parameter in trainer.model.parameters())
+    assert signal.getsignal(signal.SIGTERM) is handler
 
 
 def test_a_loss_that_is_no_number_stops_the_run(options, tmp_path):
@@ -210,23 +254,32 @@ def test_the_rows_of_a_bad_batch_are_those_that_were_trained_on(options, tmp_pat
     assert json.loads(caught.value.path.read_text())["examples"] in batches
 
 
-def test_a_full_disk(options, tmp_path, monkeypatch):
-    """The step that cannot be saved is lost, what was saved before is not."""
-    trainer_options = make_options(options(eval_strategy="no"))
-    original = torch.save
+FULL_DISK = """
+    import resource, signal, sys
+    from poly_encoders.training.train import main
 
-    def save(content, path, *args, **kwargs):
-        if "checkpoint-6" in str(path):
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return original(content, path, *args, **kwargs)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then writing fails, as it does on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop()), resource.RLIM_INFINITY))
+    main(sys.argv[1:])
+"""
 
-    monkeypatch.setattr(torch, "save", save)
-    with pytest.raises(OSError, match=r"No space left.*checkpoint-3 is whole.*resume_from_checkpoint"):
-        run(trainer_options)
-    monkeypatch.undo()
-    assert not is_whole(tmp_path / "out" / "checkpoint-6")
-    again = run(make_options(options(eval_strategy="no", resume_from_checkpoint="last")))
-    assert again.state.global_step == STEPS
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt"])
+def test_a_full_disk(options, tmp_path, file):
+    """The step that cannot be saved is lost, what was saved before is not, and the run goes on from there."""
+    settings = options(eval_strategy="no", max_steps=6)
+    run(make_options({**settings, "max_steps": 3}))
+    saved = tmp_path / "out" / "checkpoint-3"
+    limit = (saved / file).stat().st_size - 1
+    script = tmp_path / "full.py"
+    script.write_text(textwrap.dedent(FULL_DISK))
+    resumed = [*command(settings, tmp_path, "--resume_from_checkpoint")[2:], str(limit)]
+    done = subprocess.run([sys.executable, str(script), *resumed], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert f"{saved} is whole. Make room" in done.stderr
+    assert last_checkpoint(tmp_path / "out") == saved
+    again = run(make_options({**settings, "resume_from_checkpoint": "last"}))
+    assert again.state.global_step == 6
     assert is_whole(tmp_path / "out" / "checkpoint-6")
 
 
@@ -244,6 +297,10 @@ def test_which_checkpoints_are_whole(tmp_path):
             (folder / "trainer_state.json").write_text(state)
     (tmp_path / "checkpoint-best").mkdir()
     assert last_checkpoint(tmp_path).name == "checkpoint-2"
+    (tmp_path / "checkpoint-2" / "rng_state_0.pth").write_bytes(b"x")
+    assert last_checkpoint(tmp_path, num_processes=2) is None  # the other process's is missing
+    (tmp_path / "checkpoint-2" / "rng_state_1.pth").write_bytes(b"x")
+    assert last_checkpoint(tmp_path, num_processes=2).name == "checkpoint-2"
     with pytest.raises(ValueError, match="no whole checkpoint"):
         checked_checkpoint(tmp_path / "checkpoint-4")
     with pytest.raises(FileNotFoundError, match="no checkpoint"):

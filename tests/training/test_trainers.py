@@ -344,6 +344,9 @@ def test_options_that_make_no_sense(tmp_path):
     for options, message in (
         ({"evaluations_per_epoch": 0}, "evaluations_per_epoch"),
         ({"distillation": "kl", "distillation_weight": 2.0}, "distillation_weight"),
+        ({"optimizer": "Adamax"}, "optimizer"),
+        ({"dataloader_persistent_workers": True, "dataloader_num_workers": 1}, "random draws"),
+        ({"hub_strategy": "every_save"}, "pickled"),
     ):
         with pytest.raises(ValueError, match=message):
             PolyEncoderTrainingArguments(output_dir=str(tmp_path), **options)
