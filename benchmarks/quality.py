@@ -37,7 +37,7 @@ from poly_encoders.training.pretrain import make_options as make_pretraining_opt
 from poly_encoders.training.train import build_trainer, make_options, packaged_minilm
 
 RESULTS = Path(__file__).parent / "results"
-RUNS = RESULTS / "quality"
+RUNS = "quality"  # the folder in it with a file a run
 DRAWS = 10_000  # of the bootstrap
 TEACHER, PRETRAINED = "cross-0", "pretrained-0"
 KINDS = ("first_m", "last_m", "first_and_last_m")
@@ -68,17 +68,18 @@ def main() -> None:
     parser.add_argument("--context_length", type=int, default=160, help="tokens (%(default)s)")
     parser.add_argument("--cross_sets", type=int, default=300, help="test contexts that a Cross-encoder ranks")
     parser.add_argument("--models", default="models/quality", help="folder to keep models in (%(default)s)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for what comes out (%(default)s)")
     parser.add_argument("--limit", type=int, help="test contexts to rank, the first ones; all when left out")
     options = parser.parse_args()
     logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    RUNS.mkdir(parents=True, exist_ok=True)
+    (options.results / RUNS).mkdir(parents=True, exist_ok=True)
     if not options.tables:
         for run in options.runs:
-            if not (RUNS / f"{run}.json").exists():
+            if not (options.results / RUNS / f"{run}.json").exists():
                 train_and_rank(run, options)
-    report(Console())
+    report(options.results, Console())
 
 
 def train_and_rank(run: str, options: argparse.Namespace) -> None:
@@ -111,7 +112,7 @@ def train_and_rank(run: str, options: argparse.Namespace) -> None:
         "machine": machine(),
         "ranks": ranks.tolist(),
     }
-    (RUNS / f"{run}.json").write_text(json.dumps(found) + "\n", encoding="utf-8")
+    (options.results / RUNS / f"{run}.json").write_text(json.dumps(found) + "\n", encoding="utf-8")
     print_run(run, ranks)
 
 
@@ -234,9 +235,9 @@ def print_run(run: str, ranks: np.ndarray) -> None:
     Console().print(f"{run}: R@1/20 {recall(ranks):.2f}, MRR {100 * (1 / ranks).mean():.2f}, {len(ranks):,} contexts")
 
 
-def report(console: Console) -> None:
+def report(results: Path, console: Console) -> None:
     """Print the tables of all runs there are, and write them."""
-    runs = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(RUNS.glob("*.json"))}
+    runs = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted((results / RUNS).glob("*.json"))}
     if not runs:
         return
     ranks = {name: np.array(found["ranks"]) for name, found in runs.items()}
@@ -267,8 +268,8 @@ def report(console: Console) -> None:
         table.add_row(name, f"{found['examples']:,}", f"{row['contexts']:,}", *figures, shown)
     console.print(table)
     summary = {"machine": next(iter(runs.values()))["machine"], "rows": rows, "pairs": pairs(ranks, console)}
-    (RESULTS / "quality.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    plot(rows)
+    (results / "quality.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    plot(rows, results / "quality.png")
 
 
 def pairs(ranks: dict[str, np.ndarray], console: Console) -> list[dict[str, Any]]:
@@ -292,7 +293,7 @@ def pairs(ranks: dict[str, np.ndarray], console: Console) -> list[dict[str, Any]
     return found
 
 
-def plot(rows: list[dict[str, Any]]) -> None:
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """R@1/20 of every run, with its standard error."""
     from matplotlib.figure import Figure
 
@@ -305,7 +306,7 @@ def plot(rows: list[dict[str, Any]]) -> None:
     axes.set_xlabel("R@1/20, points, with its standard error")
     axes.grid(alpha=0.3)
     axes.invert_yaxis()
-    figure.savefig(RESULTS / "quality.png", dpi=120)
+    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":

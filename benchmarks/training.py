@@ -35,7 +35,7 @@ from poly_encoders.training.sampling import LengthSortedBatchSampler
 from poly_encoders.training.train import packaged_minilm
 from poly_encoders.training.trainers import CHARACTERS_PER_TOKEN, freeze_word_embeddings, set_dropout
 
-BATCH, ROUNDS = 64, 10
+BATCH, ROUNDS = 64, 6
 LENGTHS = {"max_context_length": 128, "max_candidate_length": 32}
 MIB = 2**20
 RESULTS = Path(__file__).parent / "results" / "training.json"
@@ -77,7 +77,7 @@ class Training:
     @staticmethod
     def _batches(batch: int, is_sorted: bool) -> Iterator[tuple[list[Any], list[str]]]:
         data: Dataset = load_chitchat("train").shuffle(seed=0).select(range(64 * batch))
-        lengths = row_lengths(data, lambda side: CHARACTERS_PER_TOKEN * tuple(LENGTHS.values())[side])
+        lengths = row_lengths(data, [CHARACTERS_PER_TOKEN * tokens for tokens in LENGTHS.values()])
         order = LengthSortedBatchSampler(data, lengths if is_sorted else [0] * len(data), batch, True)
         for rows in itertools.cycle(order):
             yield data[rows]["context"], data[rows]["response"]
@@ -152,7 +152,7 @@ def memory(console: Console) -> dict[str, Any]:
         step()
         step.optimizer.zero_grad()
         weights = sum(parameter.nbytes for parameter in step.model.parameters())
-        peaks = [peak for _ in track(range(3), description=title) if (peak := peak_memory(step)) is not None]
+        peaks = [peak for _ in track(range(2), description=title) if (peak := peak_memory(step)) is not None]
         rows.append({"method": title, "mib": max(peaks, default=None), "weights_mib": round(weights / MIB)})
         del step
     plain, *cached = [row["mib"] for row in rows]

@@ -2,7 +2,7 @@
 
 import hashlib
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,16 +99,15 @@ def text_length(text: Any) -> int:
     return sum(text_length(turn) for turn in text)
 
 
-def row_lengths(data: Any, characters: Callable[[int], int]) -> list[int]:
+def row_lengths(data: Any, most: Sequence[int]) -> list[int]:
     """A number for each row of a data set that grows with the tokens that its texts will have.
 
     Args:
         data: Rows of a context and candidates.
-        characters: The most characters that count of a column's text, by the column's position.
+        most: The most characters that count of a context and of a right candidate.
     """
     lengths = [0] * len(data)
-    for position, name in enumerate(data.column_names[:2]):
-        most = characters(position)
+    for name, limit in zip(data.column_names[:2], most, strict=True):
         for row, text in enumerate(data[name]):
-            lengths[row] += min(text_length(text), most)
+            lengths[row] += min(text_length(text), limit)
     return lengths

@@ -124,10 +124,8 @@ class PaperTrainer(RunTrainer):
         chosen = self.args.batch_sampler == BatchSamplers.BATCH_SAMPLER and self.args.length_sorted_batches
         if not chosen or not isinstance(dataset, Dataset):
             return super().get_batch_sampler(dataset, batch_size, drop_last, **kwargs)  # type: ignore[misc]
-        lengths = row_lengths(
-            dataset.select_columns(text_columns(dataset)),
-            lambda position: CHARACTERS_PER_TOKEN * self._most_tokens()[position],
-        )
+        most = [CHARACTERS_PER_TOKEN * tokens for tokens in self._most_tokens()]
+        lengths = row_lengths(dataset.select_columns(text_columns(dataset)), most)
         kwargs["seed"] = self.args.seed
         return LengthSortedBatchSampler(dataset, lengths, batch_size=batch_size, drop_last=drop_last, **kwargs)
 
