@@ -52,6 +52,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "poly-64-distilled": {"distillation": "kl"},
     "poly-64-pretrained": {},
     "poly-64-longer": {},  # as many steps in all as pre-training and fine-tuning take
+    "cross-pretrained": {"architecture": "cross-encoder", "num_negatives": 3},
+    "cross-longer": {"architecture": "cross-encoder", "num_negatives": 3},
 }
 DEFAULT = [f"{name}-0" for name in CHANGES] + ["bi-1", "poly-64-1"]
 
@@ -67,6 +69,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32, help="(%(default)s)")
     parser.add_argument("--context_length", type=int, default=160, help="tokens (%(default)s)")
     parser.add_argument("--cross_sets", type=int, default=300, help="test contexts that a Cross-encoder ranks")
+    parser.add_argument("--before", action="store_true", help="rank before training as well")
     parser.add_argument("--models", default="models/quality", help="folder to keep models in (%(default)s)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for what comes out (%(default)s)")
     parser.add_argument("--limit", type=int, help="test contexts to rank, the first ones; all when left out")
@@ -86,20 +89,23 @@ def train_and_rank(run: str, options: argparse.Namespace) -> None:
     """Train one model, rank the test split with it, and write what came out."""
     name, _, seed = run.rpartition("-")
     folder = Path(options.models) / run
-    steps = options.steps + options.pretraining_steps if name == "poly-64-longer" else options.steps
+    steps = options.steps + options.pretraining_steps if name.endswith("-longer") else options.steps
+    sets = chitchat_ranking_sets("test", size=20, seed=0)[: options.cross_sets if "cross" in name else options.limit]
+    evaluator = CandidateRankingEvaluator(sets, batch_size=64, show_progress_bar=True)
+    before = None
     start = time.perf_counter()
     chosen = make_options(settings(name, int(seed), steps, folder, options))
     if (folder / "training_args.json").is_file():
         model, seconds = load_model(str(folder)), None
     else:
         trainer: Any = build_trainer(chosen)
+        if options.before:
+            before = recall(rank(trainer.model, evaluator))
+            start = time.perf_counter()
         trainer.train()
         trainer.save_model()
         model, seconds = trainer.model, time.perf_counter() - start
-    sets = chitchat_ranking_sets("test", size=20, seed=0)[: options.cross_sets if "cross" in name else options.limit]
-    evaluator = CandidateRankingEvaluator(sets, batch_size=64, show_progress_bar=True)
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=has_fast_bf16()), torch.inference_mode():
-        ranks = evaluator.ranks(model)
+    ranks = rank(model, evaluator)
     found = {
         "run": run,
         "examples": chosen.training.max_steps * chosen.training.train_batch_size,
@@ -108,12 +114,20 @@ def train_and_rank(run: str, options: argparse.Namespace) -> None:
         "batch": chosen.training.train_batch_size,
         "context_length": options.context_length,
         "pretraining_steps": options.pretraining_steps if "pretrained" in name else 0,
+        "before": before,
         "training_seconds": seconds,
         "machine": machine(),
         "ranks": ranks.tolist(),
     }
     (options.results / RUNS / f"{run}.json").write_text(json.dumps(found) + "\n", encoding="utf-8")
     print_run(run, ranks)
+
+
+def rank(model: Any, evaluator: CandidateRankingEvaluator) -> np.ndarray:
+    """Rank of the right candidate of each test context, `(contexts,)`."""
+    model.eval()
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=has_fast_bf16()), torch.inference_mode():
+        return evaluator.ranks(model)
 
 
 def settings(name: str, seed: int, steps: int, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -144,13 +158,15 @@ def settings(name: str, seed: int, steps: int, folder: Path, options: argparse.N
         changes["reduction"] = "mean"
     elif architecture == "poly-encoder":
         changes["candidate_vector"] = "mean"
-    if name == "cross":  # a step is of as many pairs as the others' contexts; there are twice as many steps
+    if architecture == "cross-encoder":
+        # A step is of as many pairs as the others' contexts, or as pre-training's pairs; there are twice as many.
         batch = max(1, options.batch // (1 + changes["num_negatives"]))
-        changes |= {"per_device_train_batch_size": batch, "max_steps": 2 * steps, "learning_rate": 5e-5}
+        changes |= {"per_device_train_batch_size": batch, "max_steps": options.steps + steps, "learning_rate": 5e-5}
     if "distilled" in name:
         changes |= distilled_data(base, options)
     if "pretrained" in name:
-        changes["model_name_or_path"] = pretrained(backbone, options)
+        start = pretrained(backbone, options)
+        changes["model_name_or_path"] = f"{start}/cross-encoder" if architecture == "cross-encoder" else start
     return {**base, **changes}
 
 
@@ -281,6 +297,8 @@ def pairs(ranks: dict[str, np.ndarray], console: Console) -> list[dict[str, Any]
         ("distilled over its teacher", "poly-64-distilled", "cross"),
         ("pre-trained over not", "poly-64-pretrained", "poly-64"),
         ("pre-trained over as many steps of fine-tuning", "poly-64-pretrained", "poly-64-longer"),
+        ("Cross-encoder, pre-trained over not", "cross-pretrained", "cross"),
+        ("Cross-encoder, pre-trained over as many steps of fine-tuning", "cross-pretrained", "cross-longer"),
     ):
         seeds = [seed for seed in "0123" if f"{first}-{seed}" in ranks and f"{second}-{seed}" in ranks]
         if not seeds:
