@@ -9,10 +9,13 @@ import copy
 import dataclasses
 import difflib
 import math
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from transformers import AutoConfig, BertConfig, PreTrainedConfig
 from transformers.configuration_utils import strict  # huggingface_hub's, by way of transformers
+
+# Task -> the class of the file that travels beside the weights, and the Auto class that loads its model.
+_PIPELINES = {"sentence-similarity": {"impl": "pipeline_poly_encoder.PolyEncoderPipeline", "pt": ["AutoModel"]}}
 
 
 def _delegated(name: str) -> property:
@@ -76,6 +79,8 @@ class PolyEncoderConfig(PreTrainedConfig):
     """
 
     model_type = "poly-encoder"
+    #: Whether `transformers.pipeline` knows our task by itself, as it does once poly_encoders is imported.
+    pipeline_is_registered: ClassVar[bool] = False
     sub_configs = {"context_encoder": AutoConfig, "candidate_encoder": AutoConfig}  # noqa: RUF012  (upstream's form)
 
     context_encoder: Any = None  # given as PreTrainedConfig, dict or None; always a PreTrainedConfig afterwards
@@ -100,6 +105,7 @@ class PolyEncoderConfig(PreTrainedConfig):
     vocab_size = _delegated("vocab_size")
 
     def __post_init__(self, **kwargs: Any) -> None:
+        kwargs.pop("custom_pipelines", None)  # read from config.json, but a constant
         self._refuse_misspelt(kwargs)
         self.context_encoder = _resolve_encoder(self.context_encoder, "context_encoder") or BertConfig()
         self.candidate_encoder = _resolve_encoder(self.candidate_encoder, "candidate_encoder")
@@ -111,6 +117,23 @@ class PolyEncoderConfig(PreTrainedConfig):
     def num_context_vectors(self) -> int:
         """Vectors a context becomes: m, or m + 1 for `"first_and_last_m"`."""
         return self.num_codes + (self.context_vectors == "first_and_last_m")
+
+    @property
+    def custom_pipelines(self) -> dict[str, dict[str, Any]]:
+        """Where `transformers.pipeline` finds the pipeline: its task, and the class in the file beside the weights.
+
+        Empty where it is registered already, because `pipeline` asks for `trust_remote_code=True` whenever this is not.
+        A new `dict` each time, because `pipeline` writes classes into it, which could not be saved.
+        """
+        return {} if self.pipeline_is_registered else copy.deepcopy(_PIPELINES)
+
+    @custom_pipelines.setter
+    def custom_pipelines(self, value: Any) -> None:
+        """Ignored: what `Pipeline.save_pretrained` sets is what is there."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As upstream's, with `custom_pipelines` in full."""
+        return super().to_dict() | {"custom_pipelines": copy.deepcopy(_PIPELINES)}
 
     @classmethod
     def own_fields(cls) -> frozenset[str]:

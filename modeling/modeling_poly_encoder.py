@@ -9,8 +9,7 @@
 Departures: padding is masked out of every softmax, which the paper leaves implicit, and y(x) is never built, because
 with d_i = x . y_i the score is sum_i softmax(d)_i d_i.
 
-This file travels to the Hub beside the weights, so it imports the standard library, torch and transformers only, and
-it is one file, because whatever it imported would have to travel with it.
+This file travels to the Hub beside the weights, so it imports the standard library, torch and transformers only.
 """
 
 import contextlib
@@ -23,7 +22,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +45,13 @@ from transformers.utils.generic import can_return_tuple, maybe_autocast
 
 from .configuration_poly_encoder import PolyEncoderConfig
 
+if TYPE_CHECKING:
+    # Never imported here: transformers reads in a model's code which other files belong to it, and copies those with it
+    # wherever the model is saved or fetched, also where this package is not installed.
+    from .endpoint import Endpoint  # noqa: F401
+    from .handler import EndpointHandler  # noqa: F401
+    from .pipeline_poly_encoder import PolyEncoderPipeline  # noqa: F401
+
 logger = logging.get_logger(__name__)
 
 
@@ -64,15 +70,29 @@ def poly_score(context: Tensor, candidates: Tensor, scale: float = 1.0) -> Tenso
     Raises:
         ValueError: the shapes do not fit together.
     """
+    dots, weights = poly_attention(context, candidates, scale)
+    return (weights * dots).sum(dim=-1)
+
+
+def poly_attention(context: Tensor, candidates: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """What `poly_score` is made of, arguments and errors as there.
+
+    Returns:
+        The dots `d_i = x . y_i` and their weights `softmax(scale d)`, 0 for padding: both `(batch, n, m)`, float32
+        (float64 for float64 inputs).
+    """
     check_vectors(context, candidates)
     with maybe_autocast(device_type=context.device.type, enabled=False):
         dtype = torch.promote_types(torch.promote_types(context.dtype, candidates.dtype), torch.float32)
         context, candidates = context.to(dtype), candidates.to(dtype)
-        equation = "bmd,nd->bnm" if candidates.dim() == 2 else "bmd,bnd->bnm"
-        dots = torch.einsum(equation, context, candidates)
+        if candidates.dim() == 2:
+            # One flat product, as in poly_encoders.scoring, so that both give the same bits.
+            dots = (candidates @ context.flatten(0, 1).T).unflatten(1, context.shape[:2]).transpose(0, 1)
+        else:
+            dots = torch.einsum("bmd,bnd->bnm", context, candidates)
         padding = (context == 0).all(dim=-1)[:, None]  # (batch, 1, m)
         weights = (dots * scale).masked_fill(padding, torch.finfo(dtype).min).softmax(dim=-1)
-        return (weights * dots).sum(dim=-1)
+    return dots, weights
 
 
 def check_vectors(context: Tensor, candidates: Tensor) -> None:
@@ -345,26 +365,44 @@ class PolyEncoderModel(PreTrainedModel):
         output: BaseModelOutput = encoder(
             **{name: tensor for name, tensor in inputs.items() if name in accepted}, **options, return_dict=True
         )
-        output.last_hidden_state = output.last_hidden_state * self.config.output_scaling
+        # With a device_map the two backbones may be on two devices, but their vectors meet.
+        hidden = output.last_hidden_state.to(inputs["attention_mask"].device)
+        output.last_hidden_state = hidden * self.config.output_scaling
         return output
 
     def reduce_context(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
         """Context vectors `(batch, m, dim)` from hidden states `(batch, length, dim)` and their mask (section 4.4)."""
+        if self.config.context_vectors != "learnt_codes":
+            return self._take_context_tokens(hidden, attention_mask)
+        weights = self.context_attention(hidden, attention_mask).to(hidden.dtype)
+        return torch.einsum("bml,bld->bmd", weights, hidden).to(hidden.dtype)
+
+    def context_attention(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
+        """How much of each token is in each context vector; arguments as for `reduce_context`.
+
+        Returns:
+            `(batch, m, length)` weights, float32 (float64 for float64 hidden states). Each row sums to 1: over all
+            tokens for learnt codes, on the one token taken for the other kinds; a row of padding is all-zero.
+        """
+        if self.config.context_vectors != "learnt_codes":
+            precise = torch.promote_types(hidden.dtype, torch.float32)
+            each = torch.eye(hidden.shape[1], dtype=precise, device=hidden.device).expand(len(hidden), -1, -1)
+            return self._take_context_tokens(each, attention_mask)
+        # A fresh product, so always aligned in memory: a loaded model computes bit for bit what the saved one did.
+        codes = (self.codes * self._attention_scale(self.config.code_attention)).to(hidden.device, hidden.dtype)
+        logits = torch.einsum("md,bld->bml", codes, hidden)
+        logits = logits.masked_fill(attention_mask[:, None] == 0, torch.finfo(logits.dtype).min)
+        return logits.softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+    def _take_context_tokens(self, values: Tensor, attention_mask: Tensor) -> Tensor:
+        """Of `(batch, length, width)` values those of the tokens that become context vectors, `(batch, m, width)`."""
         kind, m = self.config.context_vectors, self.config.num_codes
-        if kind == "learnt_codes":
-            # A fresh product, so always aligned in memory: a loaded model computes bit for bit what the saved one did.
-            codes = (self.codes * self._attention_scale(self.config.code_attention)).to(hidden.dtype)
-            logits = torch.einsum("md,bld->bml", codes, hidden)
-            logits = logits.masked_fill(attention_mask[:, None] == 0, torch.finfo(logits.dtype).min)
-            precise = torch.promote_types(logits.dtype, torch.float32)
-            weights = logits.softmax(dim=-1, dtype=precise).to(hidden.dtype)  # (batch, m, length)
-            return torch.einsum("bml,bld->bmd", weights, hidden).to(hidden.dtype)
         if kind == "first_m":
-            return _take_tokens(hidden, attention_mask, m)
-        last = _take_tokens(hidden, attention_mask, m, from_end=True)
+            return _take_tokens(values, attention_mask, m)
+        last = _take_tokens(values, attention_mask, m, from_end=True)
         if kind == "last_m":
             return last
-        return torch.cat([_take_tokens(hidden, attention_mask, 1), last], dim=1)
+        return torch.cat([_take_tokens(values, attention_mask, 1), last], dim=1)
 
     def reduce_candidate(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
         """Candidate vectors `(n, dim)` from hidden states `(n, length, dim)` and their mask (section 4.2)."""
@@ -603,4 +641,4 @@ def _umask() -> int:
     return mask
 
 
-__all__ = ["PolyEncoderModel", "PolyEncoderOutput", "check_vectors", "poly_score", "staged_folder"]
+__all__ = ["PolyEncoderModel", "PolyEncoderOutput", "check_vectors", "poly_attention", "poly_score", "staged_folder"]

@@ -1,12 +1,19 @@
 """poly-encoders: Poly-encoders, Bi-encoders and Cross-encoders for ranking, at home in Hugging Face.
 
 Importing this package teaches transformers' Auto classes the Poly-encoder, and the tokenizer of checkpoints that were
-converted from ParlAI; it has no other effect.
+converted from ParlAI, and its `pipeline` the task sentence-similarity; it has no other effect.
 """
 
 from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers.pipelines import PIPELINE_REGISTRY
 
-from poly_encoders.modeling import PolyEncoderConfig, PolyEncoderModel, PolyEncoderOutput, poly_score
+from poly_encoders.modeling import (
+    PolyEncoderConfig,
+    PolyEncoderModel,
+    PolyEncoderOutput,
+    PolyEncoderPipeline,
+    poly_score,
+)
 
 
 def register() -> None:
@@ -15,6 +22,10 @@ def register() -> None:
     AutoModel.register(PolyEncoderConfig, PolyEncoderModel)
     PolyEncoderConfig.register_for_auto_class()
     PolyEncoderModel.register_for_auto_class("AutoModel")
+    task = "sentence-similarity"
+    if task not in PIPELINE_REGISTRY.get_supported_tasks():  # one of transformers' own, or another package's, stays
+        PIPELINE_REGISTRY.register_pipeline(task, pipeline_class=PolyEncoderPipeline, pt_model=AutoModel)
+        PolyEncoderConfig.pipeline_is_registered = True
 
 
 register()

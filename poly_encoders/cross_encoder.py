@@ -6,7 +6,6 @@ with plain `sentence_transformers.CrossEncoder` and with `AutoModelForSequenceCl
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -15,12 +14,15 @@ from sentence_transformers.base.modules import Transformer
 from sentence_transformers.util import load_file_path
 from torch import nn
 
+from poly_encoders.cards import CrossEncoderModelCardData, WithCard
 from poly_encoders.conversations import TURN_SEPARATOR, Context, candidate_texts, checked_max_turns, context_texts
-from poly_encoders.lengths import token_limit
+from poly_encoders.modeling.pairs import PairTokenizer, pair_limits, pair_room
+from poly_encoders.pushing import HubPushing
 from poly_encoders.two_sided import (
     Ranked,
     clear_load_errors,
     finite,
+    forget_last_call,
     freeze_pooler,
     ranking,
     ranking_inputs,
@@ -29,7 +31,7 @@ from poly_encoders.two_sided import (
 )
 
 
-class CrossEncoder(sentence_transformers.CrossEncoder):
+class CrossEncoder(HubPushing, WithCard, sentence_transformers.CrossEncoder):
     r"""A Cross-encoder: scores a context and a candidate read together. The most exact of the three, and the slowest.
 
     Args:
@@ -46,6 +48,8 @@ class CrossEncoder(sentence_transformers.CrossEncoder):
         ValueError: limits that the encoder has no positions for.
         OSError: files that are missing, truncated or corrupted.
     """
+
+    model_card_data_class = CrossEncoderModelCardData
 
     def __init__(
         self,
@@ -103,24 +107,11 @@ class CrossEncoder(sentence_transformers.CrossEncoder):
         Raises:
             ValueError: the two together do not fit the encoder.
         """
-        room = self._room()
-        if getattr(self.tokenizer, "cuts_as_parlai", False):
-            wishes = (self._max_context_length, self._max_candidate_length)
-            context, candidate = (room - 1 if wish is None else min(wish, room - 1) for wish in wishes)
-            return context, candidate
-        candidate = max(1, room // 4) if self._max_candidate_length is None else self._max_candidate_length
-        context = room - candidate if self._max_context_length is None else self._max_context_length
-        if min(context, candidate) < 1 or context + candidate > room:
-            raise ValueError(
-                f"max_context_length={context} and max_candidate_length={candidate} must each be at least 1 and "
-                f"together at most {room}, which is what the encoder has positions for beside its special tokens."
-            )
-        return context, candidate
+        return pair_limits(self.tokenizer, self._room(), self._max_context_length, self._max_candidate_length)
 
     def _room(self) -> int:
-        """Positions of the encoder beside a pair's special tokens."""
         encoder: Transformer = self[0]
-        return token_limit(encoder.tokenizer, encoder.model) - encoder.tokenizer.num_special_tokens_to_add(pair=True)
+        return pair_room(encoder.tokenizer, encoder.model)
 
     def preprocess(self, inputs: Sequence[Sequence[Any]], prompt: str | None = None, **kwargs: Any) -> dict[str, Any]:
         """Token features of (context, candidate) pairs, `(batch, length)` int64.
@@ -141,7 +132,7 @@ class CrossEncoder(sentence_transformers.CrossEncoder):
                 raise ValueError(f"Item {position} is no pair of a context and a candidate, but {pair!r:.80}.")
         contexts = context_texts([pair[0] for pair in inputs], self.turn_separator, self.max_turns)
         candidates = candidate_texts([pair[1] for pair in inputs])
-        tokenized = _PairTokenizer(self[0].tokenizer, *self.length_limits(), self._room(), prompt)
+        tokenized = PairTokenizer(self[0].tokenizer, *self.length_limits(), self._room(), prompt)
         rows = tokenized(contexts, candidates)
         features = dict(self[0].tokenizer.pad(rows, padding=True, return_tensors="pt"))
         if not self._knows_segments():
@@ -227,56 +218,5 @@ class CrossEncoder(sentence_transformers.CrossEncoder):
 
     def save(self, path: str, *args: Any, **kwargs: Any) -> None:
         """As upstream's, but a save that fails leaves what was at `path` as it was."""
+        forget_last_call(self)
         save_staged(super().save, path, *args, **kwargs)
-
-
-class _PairTokenizer:
-    """Texts to rows of token ids: each side cut on its own side, the tokenizer's own special tokens between."""
-
-    def __init__(self, tokenizer: Any, keep_context: int, keep_candidate: int, room: int, prompt: str | None) -> None:
-        self.tokenizer = tokenizer
-        self.keep_candidate = keep_candidate
-        self.prompt: list[int] = self._encoded([prompt])[0] if prompt else []
-        self.keep_context = keep_context - len(self.prompt)
-        self.room = room - len(self.prompt)
-        self.frame = self._frame() if tokenizer.is_fast else None
-        if self.keep_context < 1 or self.room < 2:
-            raise ValueError(
-                f"The prompt {prompt!r} alone fills the {keep_context} tokens kept of a context. Shorten it."
-            )
-
-    def __call__(self, contexts: list[str], candidates: list[str]) -> list[dict[str, list[int]]]:
-        pairs = zip(self._encoded(contexts), self._encoded(candidates), strict=True)
-        return [self._row(context, candidate) for context, candidate in pairs]
-
-    def _encoded(self, texts: list[str]) -> list[list[int]]:
-        return self.tokenizer(texts, add_special_tokens=False, truncation=False, padding=False, verbose=False)[
-            "input_ids"
-        ]
-
-    def _frame(self) -> tuple[list[list[int]], list[list[int]]]:
-        """Special token ids before, between and after the two texts, and the segments of all five parts.
-
-        Read off a pair of short texts. Post-processing long ones would pair up all that was cut off them, which takes
-        time and memory in the product of their lengths.
-        """
-        context, candidate = self.tokenizer(["a", "a"], add_special_tokens=False, truncation=False).encodings
-        row = self.tokenizer.backend_tokenizer.post_process(context, candidate, add_special_tokens=True)
-        own = [position for position, special in enumerate(row.special_tokens_mask) if not special]
-        first, last = own[: len(context.ids)], own[len(context.ids) :]
-        cuts = [0, first[0], first[-1] + 1, last[0], last[-1] + 1, len(row.ids)]
-        parts = [slice(start, end) for start, end in pairwise(cuts)]
-        return [row.ids[parts[i]] for i in (0, 2, 4)], [row.type_ids[part] for part in parts]
-
-    def _row(self, context: list[int], candidate: list[int]) -> dict[str, list[int]]:
-        candidate = candidate[: min(self.keep_candidate, self.room - 1)]
-        kept = min(len(context), self.keep_context, self.room - len(candidate))
-        context = self.prompt + context[len(context) - kept :]
-        if self.frame is None:
-            return dict(self.tokenizer.prepare_for_model(context, candidate, return_token_type_ids=True))
-        (before, between, after), (first, second, third, fourth, fifth) = self.frame
-        if getattr(self.tokenizer, "cuts_as_parlai", False):
-            after = after[: self.keep_candidate - len(candidate)]
-        ids = [*before, *context, *between, *candidate, *after]
-        kinds = [*first, *second[:1] * len(context), *third, *fourth[:1] * len(candidate), *fifth[: len(after)]]
-        return {"input_ids": ids, "token_type_ids": kinds, "attention_mask": [1] * len(ids)}

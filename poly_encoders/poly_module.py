@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from sentence_transformers.base.modules import InputModule
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase
 
 from poly_encoders.conversations import candidate_texts, context_texts
-from poly_encoders.lengths import last_tokens, room_beside_prompt, token_limit, truncating
+from poly_encoders.lengths import token_limit, tokenized
 from poly_encoders.modeling import PolyEncoderConfig, PolyEncoderModel
 from poly_encoders.two_sided import ASK_FOR_A_SIDE, Task
 
@@ -58,6 +58,13 @@ class PolyEncoderModule(InputModule):
             ValueError: no `task`, or a text that has no token at all.
             TypeError: an input that is no text (no conversation, on the context side).
         """
+        _, encoding = self.tokenized(inputs, prompt, task)
+        return {**encoding, "task": task}
+
+    def tokenized(
+        self, inputs: Sequence[Any], prompt: str | None = None, task: Task | None = None
+    ) -> tuple[list[str], BatchEncoding]:
+        """The texts that the tokenizer is given for `inputs`, prompt included, and what it makes of them."""
         if task == "query":
             texts = context_texts(inputs, self.config.turn_separator, self.config.max_turns)
             wanted = self.config.max_context_length
@@ -68,16 +75,7 @@ class PolyEncoderModule(InputModule):
             encoder = self.model.candidate_encoder
         else:
             raise ValueError(ASK_FOR_A_SIDE)
-        limit = token_limit(self.tokenizer, encoder, wanted)
-        if prompt:
-            room = room_beside_prompt(prompt, self.tokenizer, limit)
-            texts = [prompt + (last_tokens(text, self.tokenizer, room) if side == "left" else text) for text in texts]
-        with truncating(self.tokenizer, side):
-            features = dict(self.tokenizer(texts, padding=True, truncation=True, max_length=limit, return_tensors="pt"))
-        empty = (features["attention_mask"].sum(dim=-1) == 0).nonzero().flatten().tolist()
-        if empty:
-            raise ValueError(f"Text {empty[0]} ({texts[empty[0]]!r}) has no token for this tokenizer; leave it out.")
-        return {**features, "task": task}
+        return tokenized(self.tokenizer, texts, token_limit(self.tokenizer, encoder, wanted), side, prompt)
 
     def forward(self, features: dict[str, Any], task: Task | None = None) -> dict[str, Any]:
         """Adds `sentence_embedding`, `(batch, m, dim)` or `(batch, dim)`, and `token_embeddings`."""

@@ -1,12 +1,18 @@
 """The saved folder by itself: loading it in a process where this package does not exist."""
 
 import ast
+import importlib.util
 import json
+import shutil
 import sys
+from operator import itemgetter
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from poly_encoders import modeling
 from without_package import run_without_package
 
 
@@ -42,9 +48,7 @@ print(type(model).__module__.split(".")[0], torch.equal(same, context))
     torch.testing.assert_close(
         vectors["candidates"], poly_encoder.encode_document(["yes", "no"], convert_to_tensor=True)
     )
-    assert {"configuration_poly_encoder.py", "modeling_poly_encoder.py"} <= {
-        file.name for file in (tmp_path / "again").iterdir()
-    }
+    assert sources(tmp_path / "again") == sources(saved_poly_encoder)
 
 
 def test_the_code_is_not_run_without_being_asked(saved_poly_encoder, tmp_path):
@@ -66,13 +70,124 @@ def test_auto_map_names_both_files(saved_poly_encoder):
     }
 
 
-@pytest.mark.parametrize("name", ["configuration_poly_encoder.py", "modeling_poly_encoder.py"])
-def test_travelling_files_import_nothing_but_torch_and_transformers(saved_poly_encoder, name):
+def sources(folder):
+    """The code in a folder, by file."""
+    return {file.name: file.read_text(encoding="utf-8") for file in folder.glob("*.py")}
+
+
+def test_the_files_that_travel(saved_poly_encoder):
+    """With a Poly-encoder goes its code; with the other two, what the endpoint's handler needs."""
+    code = sources(saved_poly_encoder)
+    own = {"configuration_poly_encoder.py", "modeling_poly_encoder.py", "pipeline_poly_encoder.py"}
+    assert own | {"handler.py", "endpoint.py"} <= code.keys()
+    package = {file.name for file in Path(modeling.__file__).parent.glob("*.py")}
+    assert code.keys() == package - {"__init__.py"}
+
+
+def test_travelling_files_import_nothing_but_torch_and_transformers(saved_poly_encoder):
+    code = sources(saved_poly_encoder)
     allowed = set(sys.stdlib_module_names) | {"torch", "transformers"}
-    for node in ast.walk(ast.parse((saved_poly_encoder / name).read_text())):
-        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        if isinstance(node, ast.ImportFrom):
-            assert node.level == 0 or node.module == "configuration_poly_encoder"
-            names = [] if node.level else [node.module or ""]
-        for module in names:
-            assert module.split(".")[0] in allowed, module
+    for name, text in code.items():
+        for node in ast.walk(ast.parse(text)):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                assert node.level == 0 or f"{node.module}.py" in code, (name, node.module)
+                names = [] if node.level else [node.module or ""]
+            for module in names:
+                assert module.split(".")[0] in allowed, (name, module)
+
+
+def test_no_travelling_file_hides_a_module(saved_poly_encoder):
+    """Inference Endpoints put a model's folder first on the path, where a file may bear no library's name."""
+    names = {name.removesuffix(".py") for name in sources(saved_poly_encoder)}
+    assert not names & set(sys.stdlib_module_names)
+    for name in names - {"handler"}:
+        assert importlib.util.find_spec(name) is None, name
+
+
+THE_HUBS_SNIPPET = """
+import builtins
+def ask(*question):
+    raise SystemExit("a prompt nobody answers")
+builtins.input = ask
+
+# Load model directly
+from transformers import AutoTokenizer, AutoModel
+
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
+model = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True, device_map="auto")
+
+import json
+inputs = tokenizer(["hello"], return_tensors="pt").to(model.device)
+candidates = tokenizer(["yes", "no"], return_tensors="pt", padding=True).to(model.device)
+candidates = {f"candidate_{name}": tensor for name, tensor in candidates.items()}
+scores = [model(**inputs, **candidates).scores[0].tolist()]
+
+# A part on another device than the rest.
+places = {"context_encoder": "cpu", "candidate_encoder": "disk", "codes": "cpu"}
+model = AutoModel.from_pretrained(
+    sys.argv[1], trust_remote_code=True, device_map=places, offload_folder="offloaded"
+)
+scores.append(model(**inputs, **candidates).scores[0].tolist())
+print(json.dumps(scores))
+"""
+
+
+def test_the_hubs_own_snippet(poly_encoder, saved_poly_encoder, tmp_path):
+    out = run_without_package(THE_HUBS_SNIPPET, str(saved_poly_encoder), cache=tmp_path)
+    expected = [
+        entry["score"] for entry in sorted(poly_encoder.rank("hello", ["yes", "no"]), key=itemgetter("corpus_id"))
+    ]
+    assert json.loads(out.splitlines()[-1]) == [pytest.approx(expected, rel=1e-5)] * 2
+
+
+def put_into_cache(cache, repo_id, commits):
+    """Snapshots as a download leaves them: one folder a commit, the last one `main`."""
+    repo = cache / f"models--{repo_id.replace('/', '--')}"
+    for commit, folder in commits.items():
+        shutil.copytree(folder, repo / "snapshots" / commit)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(list(commits)[-1])
+
+
+PINNED = """
+import json
+from transformers import AutoConfig, AutoModel, AutoTokenizer, pipeline
+out = []
+for revision in (None, "1" * 40):
+    pinned = {"trust_remote_code": True, "revision": revision}
+    config = AutoConfig.from_pretrained("acme/poly", **pinned)
+    model = AutoModel.from_pretrained("acme/poly", **pinned)
+    pipe = pipeline("sentence-similarity", model="acme/poly", **pinned)
+    AutoTokenizer.from_pretrained("acme/poly", **pinned)
+    ranked = pipe(context="hello", candidates=["yes"])
+    out.append([config.num_codes, model.codes[0, 0].item(), pipe.model.num_codes_said, ranked[0]["score"]])
+    kept = "kept" + str(revision)
+    pipe.save_pretrained(kept)
+    again = pipeline("sentence-similarity", model=kept, trust_remote_code=True)
+    assert again.model.num_codes_said == pipe.model.num_codes_said
+print(json.dumps(out))
+"""
+
+
+def test_a_pinned_revision_has_its_own_weights_and_code(saved_poly_encoder, tmp_path, monkeypatch):
+    """Two commits whose weights and code differ: the older one, by its id, is not run with the newer one's code."""
+    commits = {}
+    for number in (1, 2):
+        folder = tmp_path / f"commit{number}"
+        shutil.copytree(saved_poly_encoder, folder)
+        weights = load_file(folder / "model.safetensors")
+        weights["codes"] = torch.full_like(weights["codes"], number)
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        code = folder / "modeling_poly_encoder.py"
+        marked = code.read_text().replace(
+            "    config_class = ", f"    num_codes_said = {number}\n    config_class = ", 1
+        )
+        code.write_text(marked)
+        commits[str(number) * 40] = folder
+    put_into_cache(tmp_path / "hub", "acme/poly", commits)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    latest, pinned = json.loads(run_without_package(PINNED, cache=tmp_path).splitlines()[-1])
+    assert latest[:3] == [4, 2.0, 2]
+    assert pinned[:3] == [4, 1.0, 1]
+    assert latest[3] != pinned[3]

@@ -139,3 +139,8 @@ def pad(batch: dict[str, torch.Tensor], amount: int, left: bool = False) -> dict
         "input_ids": torch.nn.functional.pad(batch["input_ids"], sides, value=PAD),
         "attention_mask": torch.nn.functional.pad(batch["attention_mask"], sides, value=0),
     }
+
+
+def shift(model: torch.nn.Module) -> None:
+    """Make another model of a model: one weight tensor, which every kind has, is changed."""
+    next(model.parameters()).data.add_(0.5)

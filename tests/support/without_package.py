@@ -5,7 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-_HIDDEN = """
+#: Put before code, has the import of poly_encoders fail.
+HIDE = """
 import sys
 class Hide:
     def find_spec(self, name, path=None, target=None):
@@ -18,7 +19,7 @@ sys.meta_path.insert(0, Hide())
 def run_without_package(code: str, *arguments: str, cache: Path) -> str:
     """Run `code` where importing poly_encoders fails, in the folder `cache`; what it printed."""
     done = subprocess.run(
-        [sys.executable, "-c", _HIDDEN + code, *arguments],
+        [sys.executable, "-c", HIDE + code, *arguments],
         capture_output=True,
         text=True,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(cache)},
