@@ -3,11 +3,12 @@ PYTHON ?= python3
 # The torch that the README's figures were taken with. Any other from 2.9 on will do: make quickstart TORCH=torch
 TORCH ?= torch==2.13.0
 
-.PHONY: quickstart compare benchmarks test check wheel clean help
+.PHONY: quickstart compare demo benchmarks test check wheel clean help
 
 help:
 	@echo "make quickstart   train a Poly-encoder on real dialogue and rank replies (minutes on two CPU cores)"
 	@echo "make compare      the same for all three encoders, timed"
+	@echo "make demo         a page that ranks and explains, with the quick start's model (or MODEL=path)"
 	@echo "make benchmarks   time and memory of scoring and of a training step, beside their rivals"
 	@echo "make test         run all tests"
 	@echo "make check        lint and types"
@@ -18,6 +19,9 @@ quickstart: .venv/.ready
 
 compare: .venv/.ready
 	.venv/bin/python -m poly_encoders.training.quickstart --compare
+
+demo: .venv/.demo
+	.venv/bin/poly-encoders demo $(MODEL)
 
 benchmarks: .venv-dev/.ready
 	.venv-dev/bin/python benchmarks/scoring.py
@@ -40,6 +44,10 @@ wheel: .venv-dev/.ready
 	.venv/bin/python -m pip install --quiet --upgrade pip
 	.venv/bin/python -m pip install --quiet "$(TORCH)"
 	.venv/bin/python -m pip install --quiet --editable ".[examples]"
+	touch $@
+
+.venv/.demo: .venv/.ready
+	.venv/bin/python -m pip install --quiet --editable ".[examples,demo]"
 	touch $@
 
 .venv-dev/.ready: pyproject.toml

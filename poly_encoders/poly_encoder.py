@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from poly_encoders.cards import PolyEncoderModelCardData
 from poly_encoders.checkpoints import BuildOptions, module_from_encoder, module_from_sentence_transformer
+from poly_encoders.conversations import Context
+from poly_encoders.explaining import Explanation, explain
 from poly_encoders.poly_module import PolyEncoderModule
 from poly_encoders.scoring import score
 from poly_encoders.two_sided import Task, TwoSidedEncoder, clear_load_errors
@@ -110,6 +112,8 @@ class PolyEncoder(TwoSidedEncoder):
             kwargs.get("config_kwargs") or {},
         )
         module = build(path, hub, options)
+        # Only a Poly-encoder that was loaded as a whole has a name; the codes of one that was built are new.
+        self.model_card_data.is_untrained = not module.model.name_or_path
         if not hub["local_files_only"]:
             self.model_card_data.set_base_model(path, revision=hub["revision"])
         return [module], {}
@@ -178,6 +182,42 @@ class PolyEncoder(TwoSidedEncoder):
                 f"{len(contexts)} contexts and {len(candidates)} candidates make no pairs; pass as many of each."
             )
         return score(contexts, candidates[:, None], self.final_scale)[:, 0]
+
+    def explain(
+        self,
+        context: Context,
+        candidate: str,
+        *,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        device: str | None = None,
+    ) -> Explanation:
+        """Which tokens of the context each code looks at, and which codes decided for this candidate.
+
+        Args:
+            context: A text, a list of turns, or a list of chat messages, oldest first, as for `rank`.
+            candidate: One text.
+            prompt_name, prompt, device: As for `rank`.
+
+        Returns:
+            The tokens that were read, both attentions, the dot products and the score; see `Explanation`.
+
+        Raises:
+            TypeError: several candidates, or a context or candidate that is no text.
+            ValueError: a conversation without turns, a text without tokens, a prompt name that the model lacks.
+
+        Example:
+            >>> why = model.explain(["Hi!", "Any plans for tonight?"], "A film, perhaps.")  # doctest: +SKIP
+            >>> sorted(zip(why.token_weights, why.tokens), reverse=True)[:3]  # doctest: +SKIP
+        """
+        if prompt is None:  # chosen as encode_query does, because the tokens are wanted as well as the vectors
+            if prompt_name is None:
+                prompt_name = "query" if "query" in self.prompts else self.default_prompt_name
+            if prompt_name is not None:
+                if prompt_name not in self.prompts:
+                    raise ValueError(f"The model has no prompt {prompt_name!r}, only {sorted(self.prompts)}.")
+                prompt = self.prompts[prompt_name]
+        return explain(self, context, candidate, prompt, device)
 
     def _context_vectors(self, vectors: Vectors) -> Tensor:
         contexts, m = _floats(vectors), self[0].config.num_context_vectors

