@@ -19,6 +19,7 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from torch import nn
 
 from poly_encoders import first_m_pooling
+from poly_encoders.cards import BiEncoderModelCardData
 from poly_encoders.conversations import TURN_SEPARATOR, candidate_texts, checked_max_turns
 from poly_encoders.first_m_pooling import FirstMMeanPooling
 from poly_encoders.lengths import last_tokens, room_beside_prompt, token_limit
@@ -61,6 +62,7 @@ class BiEncoder(TwoSidedEncoder):
         OSError: files that are missing, truncated or corrupted.
     """
 
+    model_card_data_class = BiEncoderModelCardData
     # Classes outside sentence_transformers that a saved model may name without trust_remote_code.
     _module_classes: ClassVar[dict[str, type[nn.Module]]] = {
         _OURS: FirstMMeanPooling,
@@ -91,7 +93,6 @@ class BiEncoder(TwoSidedEncoder):
         kwargs.setdefault("similarity_fn_name", "dot")
         with clear_load_errors(model_name_or_path):
             super().__init__(model_name_or_path, **kwargs)
-        self.model_card_data.ir_model = True  # its snippet then names the sides
         self._set_lengths(max_context_length, max_candidate_length)
         for encoder in self._transformers():
             freeze_pooler(encoder.model)
@@ -116,12 +117,25 @@ class BiEncoder(TwoSidedEncoder):
         if prompt and task in ("query", "document"):
             encoder = self._transformers()[0 if task == "query" else -1]
             tokenizer = encoder.tokenizer
-            limit = getattr(encoder, f"{task}_length") or tokenizer.model_max_length
-            room = room_beside_prompt(prompt, tokenizer, limit)
+            room = room_beside_prompt(prompt, tokenizer, self.length_limit(task))
             if tokenizer.truncation_side == "left":
                 texts = self.context_texts(inputs) if task == "query" else candidate_texts(inputs)
                 inputs = [last_tokens(text, tokenizer, room) for text in texts]
         return super().preprocess(inputs, prompt=prompt, task=task, **kwargs)
+
+    def length_limit(self, task: Task) -> int:
+        """Tokens kept of a text on this side, special tokens included."""
+        encoder = self._transformers()[0 if task == "query" else -1]
+        return getattr(encoder, f"{task}_length") or encoder.tokenizer.model_max_length
+
+    def reduction_options(self) -> dict[str, Any]:
+        """How token vectors become one: `reduction`, and `m` where it takes one; empty for another pooling."""
+        pooling = self._pooling()
+        if isinstance(pooling, FirstMMeanPooling):
+            return {"reduction": "first_m_mean", "m": pooling.m}
+        if isinstance(pooling, Pooling) and pooling.pooling_mode in ("cls", "mean"):
+            return {"reduction": "first" if pooling.pooling_mode == "cls" else "mean"}
+        return {}
 
     def _transformers(self) -> list[Transformer]:
         """The encoders: the context's and the candidate's, or the one for both."""
@@ -219,17 +233,11 @@ class BiEncoder(TwoSidedEncoder):
     # --- saving ----------------------------------------------------------------------------------------------------
 
     def _get_model_config(self) -> dict[str, Any]:
-        pooling = self._pooling()
-        reduction: dict[str, Any] = {}
-        if isinstance(pooling, FirstMMeanPooling):
-            reduction = {"reduction": "first_m_mean", "m": pooling.m}
-        elif isinstance(pooling, Pooling) and pooling.pooling_mode in ("cls", "mean"):
-            reduction = {"reduction": "first" if pooling.pooling_mode == "cls" else "mean"}
         ours = {
             "share_encoders": self.share_encoders,
             "turn_separator": self.turn_separator,
             "max_turns": self.max_turns,
-            **reduction,
+            **self.reduction_options(),
         }
         return {
             **super()._get_model_config(),

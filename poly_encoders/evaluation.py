@@ -33,6 +33,8 @@ class CandidateRankingEvaluator(BaseEvaluator):
         show_progress_bar: Show one bar per pass.
         write_csv: Append the results to a CSV file in the output folder.
         shared_candidates: Further candidates that every set has, after its own.
+        dataset: Where the sets are from, a name or a Hub id, for the model's card.
+        split: The split of that data, for the card.
 
     Returns, when called with a model:
         `{"recall@1": ..., "recall@5": ..., "mrr": ...}`, shares between 0 and 1, with `name` in front.
@@ -51,6 +53,8 @@ class CandidateRankingEvaluator(BaseEvaluator):
         show_progress_bar: bool = True,
         write_csv: bool = True,
         shared_candidates: Sequence[str] = (),
+        dataset: str = "",
+        split: str = "",
     ) -> None:
         super().__init__()
         self.shared_candidates = candidate_texts(shared_candidates)
@@ -60,6 +64,8 @@ class CandidateRankingEvaluator(BaseEvaluator):
         if not at_k or min(at_k) < 1:
             raise ValueError(f"at_k must name at least one k of 1 or more, got {tuple(at_k)}.")
         self.name = name
+        self.dataset = dataset
+        self.split = split
         self.at_k = sorted(at_k)
         self.batch_size = batch_size
         self.show_progress_bar = show_progress_bar
@@ -148,6 +154,30 @@ class CandidateRankingEvaluator(BaseEvaluator):
             if is_new:
                 writer.writerow(["epoch", "steps", *results])
             writer.writerow([epoch, steps, *results.values()])
+
+    @property
+    def metric_labels(self) -> dict[str, str]:
+        """What the metrics are called in tables: R@1/20 where every set has 20 candidates.
+
+        R@k of sets with no more than k candidates is 1 whatever the model does, and is left out.
+        """
+        sizes = self._set_sizes()
+        of = f"/{min(sizes):,}" if len(sizes) == 1 else ""
+        return {**{f"recall@{k}": f"R@{k}{of}" for k in self.at_k if k < max(sizes)}, "mrr": "MRR"}
+
+    @property
+    def about(self) -> str:
+        """What was measured, for the model's card."""
+        sizes = self._set_sizes()
+        size = f"{min(sizes):,}" if len(sizes) == 1 else f"{min(sizes):,} to {max(sizes):,}"
+        return (
+            f"{len(self.samples):,} contexts, each with {size} candidates, one of them right. R@k is the share of "
+            "contexts whose right candidate is among the first k; MRR is the mean of 1 / its rank. A tie counts as "
+            "ranked below."
+        )
+
+    def _set_sizes(self) -> set[int]:
+        return {len(sample["candidates"]) + len(self.shared_candidates) for sample in self.samples}
 
     def get_config_dict(self) -> dict[str, Any]:
         return {"sets": len(self.samples), "at_k": self.at_k, "shared_candidates": len(self.shared_candidates)}

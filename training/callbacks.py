@@ -139,6 +139,8 @@ class EvaluationCurve(TrainerCallback):
         beside = folder / f".{CURVE}.png.{os.getpid()}"
         figure.savefig(beside, format="png", dpi=120)
         beside.replace(folder / f"{CURVE}.png")
+        if (card := getattr(kwargs.get("model"), "model_card_data", None)) is not None:
+            card.curve = folder / f"{CURVE}.png"
 
 
 def _plot(figure: Any, history: list[dict[str, Any]], losses: list[tuple[int, float]]) -> None:

@@ -102,7 +102,7 @@ def _run(options: Options, limit: int) -> Result:
     sets = chitchat_ranking_sets("test", size=20, seed=0, limit=limit)
     if architecture == "cross-encoder":
         sets = sets[:CROSS_ENCODER_SETS]
-    evaluator = CandidateRankingEvaluator(sets, at_k=(1, 5), batch_size=64)
+    evaluator = CandidateRankingEvaluator(sets, at_k=(1, 5), batch_size=64, dataset="chitchat", split="test")
     precision = "bfloat16" if training.bf16 else "float32"
     examples = training.max_steps * training.train_batch_size
 

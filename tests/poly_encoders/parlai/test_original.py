@@ -153,7 +153,7 @@ def test_pairs(case):
 
 
 def test_the_card_tells_where_the_model_is_from(case):
-    _, _, model, folder = case
+    *_, folder = case
     card = ModelCard.load(folder / "README.md")
     assert "parlai" in card.data.tags
-    assert ("converted from a checkpoint of [ParlAI]" in card.content) == isinstance(model, PolyEncoder)
+    assert "converted from a checkpoint of [ParlAI]" in card.content
