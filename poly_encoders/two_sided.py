@@ -1,8 +1,10 @@
 """What the Bi-encoder and the Poly-encoder share: two sides, contexts in all their forms, ranking, safe saving."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 import numpy as np
@@ -11,10 +13,15 @@ from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
 from torch import nn
 from torch.nn.functional import normalize
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedTokenizerFast
 
+from poly_encoders.cards import WithCard
 from poly_encoders.conversations import Context, candidate_texts, context_text, context_texts, is_single_context
+from poly_encoders.hub_files import add_hub_files
+from poly_encoders.model_files import CARD
 from poly_encoders.modeling import staged_folder
+from poly_encoders.modeling.ranking import best_first, checked_top_k, refuse_nonfinite
+from poly_encoders.pushing import HubPushing
 
 Task = Literal["query", "document"]
 
@@ -32,7 +39,7 @@ class Ranked(TypedDict, total=False):
     text: str  # with return_documents=True
 
 
-class TwoSidedEncoder(SentenceTransformer):
+class TwoSidedEncoder(HubPushing, WithCard, SentenceTransformer):
     """A SentenceTransformer that encodes contexts and candidates apart. Base of `PolyEncoder` and `BiEncoder`."""
 
     @property
@@ -176,6 +183,7 @@ class TwoSidedEncoder(SentenceTransformer):
 
     def save(self, path: str, *args: Any, **kwargs: Any) -> None:
         """As upstream's, but a save that fails leaves what was at `path` as it was."""
+        forget_last_call(self)
         save_staged(super().save, path, *args, **kwargs)
 
 
@@ -187,11 +195,8 @@ def finite(outputs: Any) -> Any:
     """
     for output in outputs if isinstance(outputs, list) else [outputs]:
         for tensor in output.values() if isinstance(output, dict) else [output]:
-            if isinstance(tensor, torch.Tensor) and not bool(tensor.isfinite().all()):
-                raise ValueError(
-                    "The model gave numbers that are NaN or infinite: its weights are broken, or overflow in this "
-                    "precision. Load a good checkpoint, or use float32."
-                )
+            if isinstance(tensor, torch.Tensor):
+                refuse_nonfinite(tensor)
     return outputs
 
 
@@ -205,19 +210,17 @@ def _normalised(vectors: Any) -> Any:
 
 def ranking_inputs(model: Any, context: Any, candidates: Any, top_k: int | None) -> tuple[str, list[str]]:
     """The checked texts of a ranking by `model`."""
-    if top_k is not None and (not isinstance(top_k, int) or top_k < 0):
-        raise ValueError(f"top_k must be a whole number of at least 0, or None for all, got {top_k!r}.")
+    checked_top_k(top_k)
     return context_text(context, model.turn_separator, model.max_turns), candidate_texts(candidates)
 
 
 def ranking(scores: torch.Tensor, texts: list[str], top_k: int | None, return_documents: bool) -> list[Ranked]:
     """`(n,)` scores as a ranking, equal ones in the order given."""
-    values, order = finite(scores).sort(descending=True, stable=True)
-    entries = [Ranked(corpus_id=i, score=value) for i, value in zip(order.tolist(), values.tolist(), strict=True)]
+    entries = [Ranked(corpus_id=index, score=score) for index, score in best_first(scores, top_k)]
     if return_documents:
         for entry in entries:
             entry["text"] = texts[entry["corpus_id"]]
-    return entries[:top_k]
+    return entries
 
 
 def freeze_pooler(encoder: nn.Module) -> None:
@@ -230,6 +233,15 @@ def freeze_pooler(encoder: nn.Module) -> None:
             parameter.requires_grad_(False)
 
 
+def forget_last_call(model: nn.Module) -> None:
+    """Have a model's tokenizers forget how they cut and padded last, so that what is saved does not depend on it."""
+    for module in model.modules():
+        tokenizer = getattr(module, "tokenizer", None)
+        if isinstance(tokenizer, PreTrainedTokenizerFast):
+            tokenizer.backend_tokenizer.no_truncation()
+            tokenizer.backend_tokenizer.no_padding()
+
+
 def save_staged(save: Callable[..., None], path: Any, *args: Any, **kwargs: Any) -> None:
     """Run a `save(path, ...)` so that it writes beside `path` and moves in when complete; safetensors only."""
     if path is None:
@@ -237,7 +249,10 @@ def save_staged(save: Callable[..., None], path: Any, *args: Any, **kwargs: Any)
     if not kwargs.get("safe_serialization", True):
         raise ValueError("Models are saved as safetensors only: leave safe_serialization at True.")
     with staged_folder(path) as staging:
+        if (card := Path(path, CARD)).is_file():
+            shutil.copyfile(card, Path(staging, CARD))  # what a user wrote into it goes into the new one
         save(staging, *args, **kwargs)
+        add_hub_files(staging)
 
 
 @contextmanager

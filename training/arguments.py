@@ -103,12 +103,25 @@ class RunArguments:
     )
 
     hub_strategy: str = field(
-        default="end", metadata={"help": "When to push; only 'end', because upstream's others push a pickled file."}
+        default="end",
+        metadata={
+            "help": "When to push: 'end', or 'every_save' as well. Upstream's others push checkpoints, which hold "
+            "pickled files."
+        },
+    )
+    hub_create_pr: bool = field(
+        default=False, metadata={"help": "Push by a pull request, which needs no right to write to the repository."}
     )
 
     def __post_init__(self) -> None:
-        if getattr(self.hub_strategy, "value", self.hub_strategy) != "end":
-            raise ValueError(f"hub_strategy must be 'end', not {self.hub_strategy!r}: the others push a pickled file.")
+        strategy = getattr(self.hub_strategy, "value", self.hub_strategy)
+        if strategy not in ("end", "every_save"):
+            raise ValueError(
+                f"hub_strategy must be 'end' or 'every_save', not {strategy!r}: the others push checkpoints, which "
+                "hold pickled files."
+            )
+        if strategy == "every_save" and self.hub_create_pr:
+            raise ValueError("hub_create_pr would open a pull request at every save: it needs hub_strategy 'end'.")
         if self.dataloader_persistent_workers:  # type: ignore[attr-defined]
             raise ValueError(
                 "dataloader_persistent_workers would give every epoch the first one's random draws. Leave it off."
@@ -150,6 +163,14 @@ class PaperArguments(RunArguments):
     )
     distillation_weight: float = field(default=0.5, metadata={"help": "The teacher's share of the loss, 0 to 1."})
     distillation_temperature: float = field(default=1.0, metadata={"help": "Of both distributions, for 'kl'."})
+    card_examples: bool = field(
+        default=True,
+        metadata={"help": "Show examples of the evaluation data in the model's card."},
+    )
+    card_language: list[str] | None = field(
+        default=None, metadata={"help": "The model's languages, such as en, for its card."}
+    )
+    card_license: str | None = field(default=None, metadata={"help": "The model's license, such as mit, for its card."})
     lora_rank: int | None = field(
         default=None, metadata={"help": "Train LoRA matrices of this rank; all weights else."}
     )

@@ -25,7 +25,7 @@ from poly_encoders.modeling import staged_folder
 from poly_encoders.training.arguments import LAST
 from poly_encoders.training.data_sources import load_examples, sample_examples
 from poly_encoders.training.mining import process_state
-from poly_encoders.training.running import STOPPED, Stopped, end_processes
+from poly_encoders.training.running import STOPPED, Stopped, conclude, end_processes
 from poly_encoders.training.teaching import add_teacher_scores
 from poly_encoders.training.train import Options, make_options, run
 
@@ -175,10 +175,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         logger.info("%s", stopped)
         end_processes()
         sys.exit(STOPPED)
-    if plan.student.training.push_to_hub:
-        trainer.push_to_hub()
-    logger.info("Saved the student to %s", plan.student.training.output_dir)
-    end_processes()
+    conclude(trainer)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from transformers import set_seed
 from poly_encoders.training.data_sources import load_examples, sample_examples
 from poly_encoders.training.options import options_of_files, parse_dataclasses
 from poly_encoders.training.pretraining import PreTrainer, PreTrainingArguments, PreTrainingModel
-from poly_encoders.training.running import STOPPED, Stopped, end_processes, train_to_end
+from poly_encoders.training.running import STOPPED, Stopped, conclude, end_processes, train_to_end
 from poly_encoders.training.train import packaged_minilm
 
 logger = logging.getLogger(__name__)
@@ -115,10 +115,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         logger.info("%s", stopped)
         end_processes()
         sys.exit(STOPPED)
-    if options.training.push_to_hub:
-        trainer.push_to_hub()
-    logger.info("Saved to %s", options.training.output_dir)
-    end_processes()
+    conclude(trainer)
 
 
 if __name__ == "__main__":

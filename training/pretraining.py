@@ -36,6 +36,7 @@ from poly_encoders.modeling import staged_folder
 from poly_encoders.training.arguments import RunArguments
 from poly_encoders.training.callbacks import StopOnSignal, TrainingProgress, replace_file
 from poly_encoders.training.data_sources import text_columns
+from poly_encoders.training.pretrained_cards import write_card
 from poly_encoders.training.running import RunTrainer
 from poly_encoders.training.trainers import freeze_word_embeddings, set_dropout
 
@@ -320,6 +321,8 @@ class PreTrainer(RunTrainer, Trainer):
         **kwargs: Further parameters of `transformers.Trainer`.
     """
 
+    nested_models = (CROSS_ENCODER_FOLDER,)
+
     def __init__(
         self, model: PreTrainingModel, args: PreTrainingArguments, train_dataset: Dataset, **kwargs: Any
     ) -> None:
@@ -372,3 +375,17 @@ class PreTrainer(RunTrainer, Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.model.load_weights(resume_from_checkpoint)
+
+    def create_model_card(
+        self,
+        language: Any = None,
+        license: str | None = None,  # noqa: A002 - upstream's name
+        tags: Any = None,
+        model_name: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write a card into the output folder that says what the encoder is and how to go on from it."""
+        if self.is_world_process_zero():
+            started_from = self.model.masked_lm.config.name_or_path
+            cross_encoder = CROSS_ENCODER_FOLDER
+            write_card(self.args.output_dir, self.hub_model_id, started_from, cross_encoder, language, license, tags)

@@ -2,6 +2,7 @@
 
 import logging
 import signal
+import sys
 from typing import Any
 
 from safetensors import SafetensorError
@@ -15,6 +16,7 @@ from poly_encoders.training.checkpoints import (
     last_checkpoint,
     remove_broken_checkpoints,
 )
+from poly_encoders.training.hub import HubTrainer, push_if_asked
 
 logger = logging.getLogger(__name__)
 
@@ -26,8 +28,8 @@ class Stopped(Exception):  # noqa: N818 - a run that was asked to stop is no err
     """A run ended early because it was told to."""
 
 
-class RunTrainer:
-    """What a Trainer needs so that its runs can be stopped and gone on with; mixed in before it."""
+class RunTrainer(HubTrainer):
+    """What a Trainer needs so that its runs can be stopped, gone on with and pushed; mixed in before it."""
 
     accelerator: Any
     signals: StopOnSignal
@@ -90,6 +92,18 @@ def _is_of_writing(error: Exception) -> bool:
     if isinstance(error, RuntimeError):
         return any(name in str(error) for name in ("inline_container", "PytorchStreamWriter", "iostream"))
     return True
+
+
+def conclude(trainer: Any) -> None:
+    """End a run that has saved its model: say where, push it where asked to, and let the processes go.
+
+    Exits with 1 where the push failed; the model is saved all the same.
+    """
+    logger.info("Saved to %s", trainer.args.output_dir)
+    pushed = push_if_asked(trainer)
+    end_processes()
+    if not pushed:
+        sys.exit(1)
 
 
 def end_processes() -> None:

@@ -20,6 +20,7 @@ from transformers import set_seed
 
 from poly_encoders import BiEncoder, CandidateRankingEvaluator, CrossEncoder, PolyEncoder
 from poly_encoders.training.arguments import TRAINING_ARGUMENTS, DataArguments, ModelArguments
+from poly_encoders.training.cards import data_name, describe_run
 from poly_encoders.training.data_sources import (
     load_examples,
     load_ranking_sets,
@@ -27,7 +28,7 @@ from poly_encoders.training.data_sources import (
     sample_examples,
 )
 from poly_encoders.training.options import options_of_files, parse_dataclasses
-from poly_encoders.training.running import STOPPED, Stopped, end_processes, train_to_end
+from poly_encoders.training.running import STOPPED, Stopped, conclude, end_processes, train_to_end
 from poly_encoders.training.trainers import BiEncoderTrainer, CrossEncoderTrainer, PaperTrainer, PolyEncoderTrainer
 
 logger = logging.getLogger(__name__)
@@ -125,7 +126,12 @@ def load_evaluation(data: DataArguments, training: Any) -> tuple[CandidateRankin
     )
     shared = load_shared_candidates(source, split, data.data_dir)
     evaluator = CandidateRankingEvaluator(
-        sets, name=split, batch_size=training.eval_batch_size, shared_candidates=shared
+        sets,
+        name=split,
+        batch_size=training.eval_batch_size,
+        shared_candidates=shared,
+        dataset=data_name(source),
+        split=split,
     )
     if data.max_eval_examples == 0:
         return evaluator, None
@@ -142,8 +148,10 @@ def build_trainer(options: Options) -> PaperTrainer:
         data.dataset, data.train_split, data.columns, data.dataset_config, data.data_dir, data.max_negatives
     )
     evaluator, eval_examples = load_evaluation(data, training) if data.eval_split is not None else (None, None)
+    model = build_model(options.model)
+    describe_run(model.model_card_data, options.model, data)
     return TRAINERS[options.model.architecture](
-        model=build_model(options.model),
+        model=model,
         args=training,
         train_dataset=sample_examples(examples, data.max_train_examples, training.seed),
         eval_dataset=eval_examples,
@@ -161,6 +169,8 @@ def run(options: Options) -> Any:
     train_to_end(trainer)
     if trainer.evaluator is not None or trainer.eval_dataset is not None:
         trainer.log_metrics("eval", trainer.evaluate())
+        if not trainer.is_fsdp_enabled:  # where one process alone cannot rank the card's example
+            trainer.create_model_card()  # with the figures of the model that was saved
     return trainer
 
 
@@ -174,10 +184,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         logger.info("%s", stopped)
         end_processes()
         sys.exit(STOPPED)
-    if options.training.push_to_hub:
-        trainer.push_to_hub()
-    logger.info("Saved to %s", options.training.output_dir)
-    end_processes()
+    conclude(trainer)
 
 
 if __name__ == "__main__":

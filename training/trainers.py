@@ -31,6 +31,7 @@ from poly_encoders.training.arguments import (
     PolyEncoderTrainingArguments,
 )
 from poly_encoders.training.callbacks import EvaluationCurve, StopOnSignal, TrainingProgress, WarmUp, replace_file
+from poly_encoders.training.cards import CardOfRun, with_card_of
 from poly_encoders.training.collators import ContextFirstCollator, PairCollator, row_lengths
 from poly_encoders.training.data_sources import text_columns
 from poly_encoders.training.losses import InBatchNegativesLoss, SampledNegativesLoss
@@ -57,6 +58,8 @@ class NonFiniteLossError(RuntimeError):
 
 class PaperTrainer(RunTrainer):
     """What the three trainers share; mixed in before upstream's class."""
+
+    model_card_callback_class = CardOfRun
 
     args: Any
     data_collator: Any
@@ -209,7 +212,7 @@ class PaperTrainer(RunTrainer):
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
         model = self.model
         if self._whole is not None and state_dict is not None:
-            model = self._whole.with_weights(state_dict)
+            model = with_card_of(self._whole.with_weights(state_dict), model)
         if not has_lora(model):
             model.save_pretrained(str(folder))
         else:

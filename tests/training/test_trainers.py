@@ -346,7 +346,8 @@ def test_options_that_make_no_sense(tmp_path):
         ({"distillation": "kl", "distillation_weight": 2.0}, "distillation_weight"),
         ({"optimizer": "Adamax"}, "optimizer"),
         ({"dataloader_persistent_workers": True, "dataloader_num_workers": 1}, "random draws"),
-        ({"hub_strategy": "every_save"}, "pickled"),
+        ({"hub_strategy": "checkpoint"}, "pickled"),
+        ({"hub_strategy": "every_save", "hub_create_pr": True}, "at every save"),
     ):
         with pytest.raises(ValueError, match=message):
             PolyEncoderTrainingArguments(output_dir=str(tmp_path), **options)
