@@ -1,6 +1,7 @@
 """What the pages in docs/ tell a reader to run, runs."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -78,3 +79,34 @@ def test_training_commands_are_understood():
         assert read(options)
         scripts.append(Path(script).name)
     assert set(scripts) == {"train.py", "pretrain.py", "mine_negatives.py", "distill.py"}
+
+
+def test_the_hub_page(saved_poly_encoder):
+    """Its Python runs in its order, without the push, which tests/hub does; its commands' options are there."""
+    text = page("hub.md")
+    push, *blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert "push_to_hub" in push
+    assert len(blocks) == 4
+    names: dict = {}
+    before = sys.path.copy()
+    try:
+        for block in blocks:
+            code = re.sub(r"org/my-poly-encoder|models/chitchat-poly", str(saved_poly_encoder), block)
+            exec(compile(code, "hub.md", "exec"), names)
+    finally:
+        sys.path[:] = before
+        sys.modules.pop("handler", None)
+    assert [entry["index"] for entry in names["ranking"]] == [names["best"][0]["index"]]
+    assert len(names["scores"]) == 3
+    assert names["refused"]["error"]["status"] == 400
+    assert len(names["rankings"]) == 2
+    assert sum(names["why"].token_weights) == pytest.approx(1.0, abs=1e-4)
+    rows = re.findall(r"^\|.*\|$", text, flags=re.MULTILINE)
+    options = {name for row in rows for name in re.findall(r"`(--[\w-]+)", row)}
+    help_text = CliRunner().invoke(app, ["push", "--help"], env={"COLUMNS": "200"}).output
+    assert options
+    assert all(name in help_text for name in options)
+    for command in re.findall(r"^accelerate launch training/train.py (.*?)$", text.replace("\\\n", ""), re.MULTILINE):
+        parsed = train.parse_options(command.split())
+        assert parsed.training.push_to_hub
+        assert parsed.training.hub_private_repo

@@ -8,7 +8,7 @@ README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8"
 
 def test_python_blocks(saved_poly_encoder, sentence_transformer_folder):
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     names: dict = {}
     for block in blocks:
         code = block.replace("org/poly-encoder", str(saved_poly_encoder))
@@ -16,6 +16,7 @@ def test_python_blocks(saved_poly_encoder, sentence_transformer_folder):
         exec(compile(code, "README.md", "exec"), names)
     assert names["best"].indices.shape == (1, 2)
     assert names["scores"].shape == (1, 3)
+    assert len(names["why"].tokens) == len(names["why"].token_weights)
     assert names["context"].shape == (1, 4, 32)
 
 
