@@ -9,6 +9,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict
 from sentence_transformers.base.model_card import BaseModelCardCallback
 
+from poly_encoders import CandidateRankingEvaluator
 from poly_encoders.training.arguments import DataArguments, ModelArguments
 from poly_encoders.training.callbacks import CURVE
 from poly_encoders.training.data_sources import text_columns
@@ -105,4 +106,4 @@ def with_card_of(model: Any, other: Any) -> Any:
 def _ranking_evaluators(evaluator: Any) -> list[Any]:
     """The evaluators of ranking sets in one or in a sequence of them."""
     members = getattr(evaluator, "evaluators", [evaluator])
-    return [member for member in members if hasattr(member, "samples") and hasattr(member, "shared_candidates")]
+    return [member for member in members if isinstance(member, CandidateRankingEvaluator)]

@@ -18,6 +18,7 @@ from sentence_transformers.sentence_transformer.model_card import SentenceTransf
 from poly_encoders.cards.examples import widget_examples
 from poly_encoders.cards.results import eval_results, evaluations, shown_options, training_table
 from poly_encoders.cards.user_text import EDITS, TRAINING_TAGS, Card
+from poly_encoders.evaluation import CandidateRankingEvaluator
 from poly_encoders.lengths import token_limit
 
 CURVE = "evaluation.png"  # the curve of a run's evaluations, as training writes it
@@ -130,8 +131,8 @@ class RankingCardData(BaseModelCardData):
     def set_evaluation_metrics(self, evaluator: Any, metrics: dict[str, Any], epoch: int = 0, step: int = 0) -> None:
         """As upstream's; the evaluator's ranking sets make the widget's examples."""
         super().set_evaluation_metrics(evaluator, metrics, epoch, step)
-        if isinstance(samples := getattr(evaluator, "samples", None), Sequence):
-            self.set_examples(samples, getattr(evaluator, "shared_candidates", ()))
+        if isinstance(evaluator, CandidateRankingEvaluator):  # upstream's have samples of other forms
+            self.set_examples(evaluator.samples, evaluator.shared_candidates)
 
     def set_base_model(self, model_id: str, revision: Any = None) -> bool:
         """As upstream's, but a folder is never looked up on the Hub, whatever it is called."""
