@@ -106,7 +106,7 @@ def context_and_candidates(inputs: Any) -> tuple[Any, Any]:
     for names in _NAMES:
         if inputs.keys() == set(names):
             return inputs[names[0]], inputs[names[1]]
-    raise ValueError(f"An input is {_INPUTS}, but this one has the keys {sorted(map(str, inputs))}.")
+    raise ValueError(f"An input is {_INPUTS}, but this one has the keys {sorted(map(str, inputs))!s:.200}.")
 
 
 def checked_max_turns(value: int | None) -> int | None:
@@ -157,7 +157,8 @@ def _turn_text(turn: Any, position: int) -> str:
     if not isinstance(turn, Mapping):
         raise TypeError(f"Turn {position} of the context is {_described(turn)}; a context is {_FORMS}.")
     if "content" not in turn:
-        raise ValueError(f"Message {position} of the context has no 'content', only the keys {sorted(turn)}.")
+        keys = sorted(map(str, turn))
+        raise ValueError(f"Message {position} of the context has no 'content', only the keys {keys!s:.200}.")
     content = turn["content"]
     if isinstance(content, (list, tuple)):  # the parts of a multi-modal chat message
         if not content:

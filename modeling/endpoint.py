@@ -37,6 +37,9 @@ CACHE_MB = ("POLY_ENCODERS_CACHE_MB", 256)
 MAX_CANDIDATES = ("POLY_ENCODERS_MAX_CANDIDATES", 10_000)
 MAX_CHARACTERS = ("POLY_ENCODERS_MAX_CHARACTERS", 5_000_000)
 
+# What a kept vector takes beside its numbers and its text: the tensor and its storage, and its place in the cache.
+ENTRY_BYTES = 512
+
 _PARAMETERS = {"top_k", "ranked", "return_documents"}
 
 
@@ -198,7 +201,7 @@ class VectorCache:
 
 
 def _held(text: str, vector: Tensor) -> int:
-    return sys.getsizeof(text) + vector.nbytes
+    return sys.getsizeof(text) + vector.nbytes + ENTRY_BYTES
 
 
 def _read_options(options: Any) -> tuple[bool, int | None, bool]:

@@ -77,8 +77,10 @@ class PairTokenizer:
 
     def __call__(self, contexts: list[str], candidates: list[str]) -> list[dict[str, list[int]]]:
         """`input_ids`, `token_type_ids` and `attention_mask` of each pair, not padded."""
-        pairs = zip(self._encoded(contexts), self._encoded(candidates), strict=True)
-        return [self._row(context, candidate) for context, candidate in pairs]
+        texts = list(dict.fromkeys(contexts))  # a ranking has one context, however many candidates there are
+        tokens = dict(zip(texts, self._encoded(texts), strict=True))
+        pairs = zip(contexts, self._encoded(candidates), strict=True)
+        return [self._row(tokens[context], candidate) for context, candidate in pairs]
 
     def _encoded(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=False, truncation=False, padding=False, verbose=False)[

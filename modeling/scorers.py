@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 from transformers import pipeline
 
 from .conversations import TURN_SEPARATOR, context_text
@@ -96,6 +97,9 @@ class BiScorer(Scorer):
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         super().__init__(folder, settings)
+        self.similarity: str = settings.get("similarity_fn_name") or "cosine"  # as sentence-transformers takes it
+        if self.similarity not in ("dot", "cosine"):
+            raise ValueError(f"The model scores by {self.similarity!r}; known here are 'dot' and 'cosine'.")
         sides = read_sides(folder)
         names = {_encoder_folder(entries) for entries in sides.values()}  # one for both sides is loaded once
         encoders = {name: TextEncoder(folder / name) for name in names}
@@ -109,8 +113,10 @@ class BiScorer(Scorer):
 
     def scores(self, context: str, candidates: list[str], vectors: Vectors) -> Tensor:
         contexts = self.query.encode([context])
-        found = vectors(candidates, self.document.encode)
-        return found.to(contexts.device) @ contexts[0]
+        found = vectors(candidates, self.document.encode).to(contexts.device)
+        if self.similarity == "cosine":
+            contexts, found = normalize(contexts, dim=-1), normalize(found, dim=-1)
+        return found @ contexts[0]
 
 
 class _Side:

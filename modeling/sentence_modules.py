@@ -10,7 +10,7 @@ This file travels to the Hub beside the weights, so it imports the standard libr
 import inspect
 import json
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeAlias
 
 import torch
@@ -47,7 +47,7 @@ def read_json(file: Path, default: Any = None) -> Any:
 def read_entries(folder: Path) -> list[Entry]:
     """The modules of a saved model, in order; a text encoder alone where none are listed."""
     listed = read_json(folder / "modules.json", default=[{"type": "Transformer", "path": ""}])
-    return [(_class_name(entry["type"]), entry["path"]) for entry in listed]
+    return [(_class_name(entry["type"]), _within(entry["path"])) for entry in listed]
 
 
 def read_sides(folder: Path) -> dict[str, list[Entry]]:
@@ -59,11 +59,23 @@ def read_sides(folder: Path) -> dict[str, list[Entry]]:
     router = read_json(root / "router_config.json")
     return {
         side: [
-            *((_class_name(router["types"][name]), str(Path(first[1], name))) for name in router["structure"][side]),
+            *((_class_name(router["types"][name]), _within(first[1], name)) for name in router["structure"][side]),
             *rest,
         ]
         for side in ("query", "document")
     }
+
+
+def _within(*names: str) -> str:
+    """A path of folders within the model's own.
+
+    Raises:
+        ValueError: it leads out of there.
+    """
+    path = PurePosixPath(*names)
+    if path.is_absolute() or ".." in path.parts or "\\" in str(path) or ":" in str(path):
+        raise ValueError(f"The model names the folder {str(path)!r}, which is not within its own. Save it again.")
+    return str(path)
 
 
 def _class_name(path: str) -> str:
@@ -119,7 +131,9 @@ def _load_model(folder: Path, classifier: bool) -> Any:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         # Encoders alone of T5 and its kin.
         auto_class = AutoModelForTextEncoding if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING else AutoModel
-    model, info = auto_class.from_pretrained(folder, output_loading_info=True, trust_remote_code=False)
+    model, info = auto_class.from_pretrained(
+        folder, output_loading_info=True, trust_remote_code=False, use_safetensors=True
+    )
     # The pooler of an encoder whose token vectors are used is not used.
     if missing := sorted(name for name in info["missing_keys"] if classifier or "pooler." not in name):
         raise OSError(

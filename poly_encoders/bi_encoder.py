@@ -90,9 +90,10 @@ class BiEncoder(TwoSidedEncoder):
         self._saved: dict[str, Any] | None = None
         self._turn_separator = turn_separator
         self._max_turns = checked_max_turns(max_turns)
-        kwargs.setdefault("similarity_fn_name", "dot")
         with clear_load_errors(model_name_or_path):
             super().__init__(model_name_or_path, **kwargs)
+        if kwargs.get("similarity_fn_name") is None and self._saved is None:  # a saved Bi-encoder keeps its own
+            self.similarity_fn_name = "dot"
         self._set_lengths(max_context_length, max_candidate_length)
         for encoder in self._transformers():
             freeze_pooler(encoder.model)

@@ -129,7 +129,7 @@ def shown_options(options: Mapping[str, Any], changed: Mapping[str, Any]) -> dic
     for name in dict.fromkeys(names):
         value = changed[name] if name in changed else options[name]
         text = value if isinstance(value, str) else json.dumps(value, default=str)
-        if not (value is None or _NOT_SHOWN.fullmatch(name) or "/" in text or "\\\\" in text):
+        if not (value is None or _NOT_SHOWN.fullmatch(name) or "/" in text or "\\" in text):
             shown[name] = text
     return shown
 

@@ -206,4 +206,11 @@ def _record(body: str) -> dict[str, Any] | None:
 
 
 def _fingerprint(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:12]
+    return hashlib.sha256(json.dumps(_with_text_keys(content), sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def _with_text_keys(content: Any) -> Any:
+    """YAML's keys may be of any kind, and those of several kinds have no order."""
+    if isinstance(content, dict):
+        return {str(key): _with_text_keys(value) for key, value in content.items()}
+    return [_with_text_keys(value) for value in content] if isinstance(content, list) else content

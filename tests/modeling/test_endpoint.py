@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from parlai_original import write_checkpoint
 from poly_encoders import BiEncoder, CrossEncoder, PolyEncoder
-from poly_encoders.modeling.endpoint import Endpoint, VectorCache
+from poly_encoders.modeling.endpoint import ENTRY_BYTES, Endpoint, VectorCache
 from poly_encoders.modeling.handler import EndpointHandler
 from poly_encoders.parlai import convert_parlai_checkpoint
 from without_package import run_without_package
@@ -28,6 +28,7 @@ VARIANTS = {
     "bi-lengths": (BiEncoder, {"max_context_length": 9, "max_candidate_length": 7, "max_turns": 1}),
     "bi-shared": (BiEncoder, {"share_encoders": True, "max_context_length": 12, "max_candidate_length": 8}),
     "bi-first-m": (BiEncoder, {"reduction": "first_m_mean", "m": 3, "prompts": {"query": "ask: ", "passage": "say: "}}),
+    "bi-cosine": (BiEncoder, {"similarity_fn_name": "cosine"}),
     "cross": (CrossEncoder, {"turn_separator": " | "}),
     "cross-lengths": (CrossEncoder, {"max_context_length": 9, "max_candidate_length": 7}),
     "cross-sigmoid": (CrossEncoder, {"activation_fn": torch.nn.Sigmoid(), "prompts": {"p": "ask: "}}),
@@ -267,18 +268,19 @@ def test_the_cache_forgets_what_was_used_longest_ago():
 
 
 def test_what_is_kept_is_bounded_and_holds_no_more_than_itself():
-    cache = VectorCache(5_000)
+    cache = VectorCache(50_000)
     vectors = cache.vectors([f"text {number}" for number in range(200)], _encode)
     assert vectors.shape == (200, 2)
-    assert 0 < cache.held_bytes <= 5_000
+    assert 0 < cache.held_bytes <= 50_000
+    assert 1 < len(cache) < 50_000 / ENTRY_BYTES  # a small vector takes far more than its numbers
     assert all(vector.untyped_storage().nbytes() == vector.nbytes for vector in cache._vectors.values())
-    cache.vectors(["x" * 6_000], _encode)  # larger than all there is room for
-    assert cache.held_bytes <= 5_000
+    cache.vectors(["x" * 60_000], _encode)  # larger than all there is room for
+    assert cache.held_bytes <= 50_000
     assert len(cache) > 1
 
 
 def test_threads_share_the_cache():
-    cache, wrong = VectorCache(2_000), []
+    cache, wrong = VectorCache(6_000), []
 
     def work(seed):
         for step in range(60):
@@ -293,7 +295,7 @@ def test_threads_share_the_cache():
         thread.join()
     assert not wrong
     held = sum(vector.nbytes for vector in cache._vectors.values())
-    assert held < cache.held_bytes <= 2_000
+    assert held < cache.held_bytes <= 6_000
 
 
 def test_threads_share_an_endpoint(folders):

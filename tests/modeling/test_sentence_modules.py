@@ -1,6 +1,7 @@
 """Poolings and dense layers, against those of sentence-transformers."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -78,3 +79,23 @@ def test_the_sides_of_a_folder(checkpoints, tmp_path):
         side: [("Transformer", f"{side}_0_Transformer"), ("Pooling", f"{side}_1_Pooling")]
         for side in ("query", "document")
     }
+
+
+@pytest.mark.parametrize("path", ["../other", "/elsewhere", "a/../../b", "C:\\\\models"])
+def test_no_module_is_read_from_outside_of_the_folder(path, tmp_path):
+    (tmp_path / "modules.json").write_text(json.dumps([{"type": "x.Transformer", "path": path}]))
+    with pytest.raises(ValueError, match="not within its own"):
+        read_sides(tmp_path)
+    (tmp_path / "modules.json").write_text(json.dumps([{"type": "x.Router", "path": ""}]))
+    routes = {"types": {path: "x.Transformer"}, "structure": {"query": [path], "document": [path]}}
+    (tmp_path / "router_config.json").write_text(json.dumps(routes))
+    with pytest.raises(ValueError, match="not within its own"):
+        read_sides(tmp_path)
+
+
+def test_pickled_weights_are_not_read(checkpoints, tmp_path):
+    shutil.copytree(checkpoints(), tmp_path / "model")
+    torch.save(load_file(tmp_path / "model" / "model.safetensors"), tmp_path / "model" / "pytorch_model.bin")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    with pytest.raises(OSError, match="safetensors"):
+        TextEncoder(tmp_path / "model")

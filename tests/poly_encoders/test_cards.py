@@ -360,10 +360,11 @@ def test_options_that_are_paths_stay_here(poly_encoder, tmp_path):
     data = poly_encoder.model_card_data
     data.add_tags("generated_from_trainer")
     changed = {"max_steps": 3, "resume_from_checkpoint": "runs/x", "my_path": str(tmp_path), "hub_token": "hf_secret"}
+    changed["other_path"] = "C:\\Users\\me"
     data.all_hyperparameters = data.non_default_hyperparameters = changed
     poly_encoder.save_pretrained(str(tmp_path / "model"))
     card = text_of(tmp_path / "model")
     assert "| `max_steps` | 3 |" in card
-    for secret in (str(tmp_path), "runs/x", "hf_secret"):
+    for secret in (str(tmp_path), "runs/x", "hf_secret", "Users"):
         assert secret not in card
     assert json.loads((tmp_path / "model" / "config.json").read_text())["model_type"] == "poly-encoder"
