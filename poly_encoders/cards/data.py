@@ -272,7 +272,14 @@ class PolyEncoderModelCardData(RankingCardData, SentenceTransformerModelCardData
     def get_model_specific_metadata(self) -> dict[str, Any]:
         config = self.model[0].config
         backbone = type(self.model[0].model.context_encoder).__name__
-        return super().get_model_specific_metadata() | {"config": config, "backbone": backbone}
+        # As encode_query and encode_document choose them; transformers' pipeline does not read them from the folder.
+        prompts = {"context": self._prompt("query"), "candidate": self._prompt("document", "passage", "corpus")}
+        return super().get_model_specific_metadata() | {"config": config, "backbone": backbone, "prompts": prompts}
+
+    def _prompt(self, *names: str) -> str:
+        prompts = self.model.prompts
+        name = next((name for name in names if prompts.get(name) is not None), self.model.default_prompt_name)
+        return prompts.get(name) or ""
 
 
 @dataclass

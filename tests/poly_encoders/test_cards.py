@@ -233,6 +233,7 @@ print(type(model).__name__)
     [
         ("poly", {"context_vectors": "last_m", "num_codes": 3, "max_turns": 1, "turn_separator": ' | "x" '}),
         ("poly", {"share_encoders": True, "max_context_length": 30, "max_candidate_length": 20}),
+        ("poly", {"prompts": {"query": "ask: ", "document": "say: "}}),
         ("bi", {"reduction": "first_m_mean", "m": 3, "max_turns": 1}),
         ("bi", {"share_encoders": True, "max_context_length": 30, "turn_separator": "\\"}),
         ("cross", {"max_turns": 1, "turn_separator": " </s> "}),
