@@ -83,6 +83,9 @@ def push(
     exist_ok: Annotated[bool, typer.Option(help="Replace the model of a repository that has one.")] = False,
     replace_model_card: Annotated[bool, typer.Option(help="Replace the card that is there as well.")] = False,
     message: Annotated[str, typer.Option(help="First line of the commit.")] = "Add new model",
+    nested: Annotated[
+        list[str] | None, typer.Option(help="A folder within that holds a model which goes with it; may be repeated.")
+    ] = None,
 ) -> None:
     """Push a saved model to the Hub in one commit; again after one that failed, without sending again what arrived."""
     with _clear_errors():
@@ -95,6 +98,7 @@ def push(
             exist_ok=exist_ok,
             replace_model_card=replace_model_card,
             commit_message=message,
+            nested=nested or (),
         )
         Console().print(f"[green]Pushed to[/] {escape(commit.pr_url or commit.commit_url)}", soft_wrap=True)
 

@@ -10,24 +10,53 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from poly_encoders import modeling
+
 CARD = "README.md"
 
-# The names under which transformers and sentence-transformers save parts of a model.
-_SAVED = re.compile(
-    r"""
-      (?:[\w-]+_)?config(?:_[\w-]+)?\.json | modules\.json
-    | [\w.-]*(?:vocab|merges|tokenizer|spiece|bpe)[\w.-]*\.(?:json|txt|model|codes)
-    | special_tokens_map\.json | added_tokens\.json | chat_template\.(?:jinja|json)
-    | (?:pytorch_)?model(?:-\d+-of-\d+)?\.(?:safetensors|bin)(?:\.index\.json)?
-    """,
-    re.VERBOSE,
+# The names under which transformers and sentence-transformers save parts of a model. Whole names: a pattern such as
+# *config*.json would also take a user's own db_config.json.
+_SAVED = frozenset(
+    (
+        "config.json",
+        "generation_config.json",
+        "processor_config.json",
+        "modules.json",
+        "router_config.json",
+        "config_sentence_transformers.json",
+        "sentence_bert_config.json",
+        "sentence_roberta_config.json",
+        "sentence_distilbert_config.json",
+        "sentence_xlm-roberta_config.json",
+        "sentence_mpnet_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "chat_template.jinja",
+        "chat_template.json",
+        "vocab.json",
+        "vocab.txt",
+        "merges.txt",
+        "bpe.codes",
+        "tokenizer.model",
+        "spiece.model",
+        "spm.model",
+        "sentencepiece.bpe.model",
+        "entity_vocab.json",
+    )
 )
-# Besides, what a person puts beside a model on purpose, and the code that travels with it.
-_BESIDE = re.compile(r"README\.md | (?:LICENSE|NOTICE)(?:\.\w+)? | requirements\.txt | \w+\.py", re.VERBOSE)
+_WEIGHTS = re.compile(r"(?:pytorch_)?model(?:-\d+-of-\d+)?\.(?:safetensors|bin)(?:\.index\.json)?")
+# The code that travels with our models.
+_OUR_CODE = frozenset(file.name for file in Path(modeling.__file__).parent.glob("*.py")) - {"__init__.py"} | {
+    "first_m_pooling.py"
+}
+# Besides, what a person puts beside a model on purpose.
+_BESIDE = re.compile(r"README\.md|(?:LICENSE|NOTICE)(?:\.\w+)?|requirements\.txt")
+_PICKLED = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 # sentence-transformers' folders of modules: 1_Pooling, query_0_Transformer.
 _MODULE_FOLDER = re.compile(r"(?:(?:query|document)_)?\d+_[A-Z]\w*")
 _TEMPLATES = "additional_chat_templates"
-_OUR_CODE = re.compile(r"(?:configuration|modeling|pipeline)_poly_encoder\.py")
 _PICTURE = re.compile(r"""(?:\]\(|src=["'])\s*([\w./-]+\.(?:png|jpe?g|svg|gif|webp))""", re.IGNORECASE)
 
 
@@ -65,25 +94,39 @@ def stale_files(there: Collection[str], new: Collection[str], nested: Sequence[s
 def _is_of_a_model(name: str, nested: Sequence[str]) -> bool:
     top, _, rest = name.partition("/")
     if not rest:
-        return bool(_SAVED.fullmatch(name) or _OUR_CODE.fullmatch(name))
+        return name in _SAVED or name in _OUR_CODE or bool(_WEIGHTS.fullmatch(name))
     if top in nested:
         return _is_of_a_model(rest, ())
     return bool(_MODULE_FOLDER.fullmatch(top)) or top == _TEMPLATES
 
 
 def _names(root: Path) -> Iterator[str]:
+    code = _named_code(root)
     for path in sorted(root.iterdir()):
         name = path.name
-        if path.is_file() and (_SAVED.fullmatch(name) or _BESIDE.fullmatch(name)) and not name.endswith(".bin"):
-            yield name
+        if path.is_file() and not name.endswith(".bin"):
+            if _is_of_a_model(name, ()) or name in code or _BESIDE.fullmatch(name):
+                yield name
         elif path.is_dir() and (name in _module_folders(root) or name == _TEMPLATES):
-            inside = (file.relative_to(root) for file in sorted(path.rglob("*")) if file.is_file())
-            yield from (file.as_posix() for file in inside if not any(part.startswith(".") for part in file.parts))
+            for file in sorted(path.rglob("*")):
+                inside = file.relative_to(root)
+                hidden = any(part.startswith(".") for part in inside.parts)
+                if file.is_file() and not hidden and file.suffix not in _PICKLED:
+                    yield inside.as_posix()
     card = root / CARD
     for picture in _PICTURE.findall(card.read_text(encoding="utf-8")) if card.is_file() else []:
         place = PurePosixPath(picture)
         if not place.is_absolute() and ".." not in place.parts and (root / place).is_file():
             yield place.as_posix()
+
+
+def _named_code(root: Path) -> set[str]:
+    """The files of code beside the weights that config.json names, as a backbone with code of its own does."""
+    config = _read(root / "config.json", {})
+    named = [*(config.get("auto_map") or {}).values()]
+    named += [task.get("impl") for task in (config.get("custom_pipelines") or {}).values() if isinstance(task, dict)]
+    found = re.findall(r"""(?<![\w./-])([A-Za-z_]\w*)\.[A-Za-z_]\w*""", json.dumps(named))
+    return {f"{module}.py" for module in found}
 
 
 def _module_folders(root: Path) -> set[str]:

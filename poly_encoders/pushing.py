@@ -21,7 +21,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from poly_encoders.model_files import CARD, model_files, stale_files
 from poly_encoders.push_errors import REQUEST_ERRORS, PushError, explained, is_passing, root_error, status_of
-from poly_encoders.pushed_cards import card_on_hub, card_with_id
+from poly_encoders.pushed_cards import card_on_hub, card_with_id, merged_card
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ class HubPushing:
         repo_id = full_repo_id(repo_id, token)
         with _named(model, repo_id), tempfile.TemporaryDirectory() as parent:
             folder = Path(parent, "model")
-            if replace_model_card and (card := card_on_hub(HfApi(token=token), repo_id, revision)):
+            if replace_model_card and (card := _card_there(repo_id, token, revision)):
                 folder.mkdir()
                 (folder / CARD).write_text(card, encoding="utf-8")  # what was edited by hand goes into the new one
             model.save(str(folder), model_name=repo_id, train_datasets=train_datasets)
@@ -116,11 +116,20 @@ def push_folder(folder: str | Path, repo_id: str, *, nested: Sequence[str] = (),
     files: dict[str, Path | bytes] = dict(model_files(folder, nested))
     repo_id = full_repo_id(repo_id, options.get("token"))
     if CARD in files:
-        files[CARD] = card_with_id(Path(folder, CARD).read_text(encoding="utf-8"), repo_id).encode()
+        card = card_with_id(Path(folder, CARD).read_text(encoding="utf-8"), repo_id)
+        if options.get("replace_model_card"):
+            card = merged_card(card, _card_there(repo_id, options.get("token"), options.get("revision")))
+        files[CARD] = card.encode()
     try:
         return push_files(files, repo_id, nested=nested, **options)
     except PushError as error:
         raise PushError(f"{error} The model is still in {folder}.") from error.__cause__
+
+
+def _card_there(repo_id: str, token: str | bool | None, revision: str | None) -> str | None:
+    target = _Target(repo_id, token, revision, False)
+    with target.clear_errors():
+        return card_on_hub(target.api, repo_id, revision)
 
 
 def push_files(

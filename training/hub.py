@@ -5,6 +5,7 @@ file with every save. Ours pushes the model and nothing else, and makes no repos
 """
 
 import logging
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,12 @@ class HubTrainer:
                 folder, name, nested=self.nested_models, exist_ok=True, replace_model_card=True, **chosen
             )
         except PushError as error:
-            raise PushError(f"{error} Push it with: poly-encoders push {folder} {name} --exist-ok") from error.__cause__
+            again = ["poly-encoders", "push", folder, name, "--exist-ok", "--replace-model-card"]
+            again += ["--private"] if chosen["private"] else []
+            again += ["--revision", chosen["revision"]] if chosen["revision"] else []
+            again += ["--create-pr"] if chosen["create_pr"] else []
+            again += [word for part in self.nested_models for word in ("--nested", part)]
+            raise PushError(f"{error} Push it with: {shlex.join(again)}") from error.__cause__
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # Upstream's would push the pickled options. A push that fails is no reason to stop training.
@@ -120,7 +126,7 @@ class HubTrainer:
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         try:
             self._push(checkpoint_folder, commit_message=f"Training in progress, step {self.state.global_step}")
-        except (PushError, ValueError) as error:
+        except (OSError, ValueError) as error:
             logger.warning("%s Training goes on, and the next save is pushed again.", error)
 
 

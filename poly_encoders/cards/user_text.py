@@ -29,7 +29,7 @@ TRAINING_TAGS = re.compile(r"generated_from_trainer|dataset_size:.*|loss:.*")
 
 Part = Literal["metadata", "sections"]
 
-_PARTS: tuple[Part, Part] = ("metadata", "sections")
+PARTS: tuple[Part, Part] = ("metadata", "sections")
 _LASTING = ("language", "license", "base_model")  # still true of a model that was trained further
 _FRONT_MATTER = re.compile(r"\A\s*---[ \t]*\n(.*?\n)??---[ \t]*(?:\n|\Z)", re.DOTALL)
 _RECORD = re.compile(r"<!-- poly-encoders wrote (\{.*\}) -->")
@@ -122,7 +122,7 @@ def with_user_text(
     metadata = _merged_metadata(written, before, trained, said)
     sections = _merged_sections(written, before, trained)
     record: dict[str, Any] = dict(notes or {})
-    for part, result in zip(_PARTS, (metadata, sections), strict=True):
+    for part, result in zip(PARTS, (metadata, sections), strict=True):
         known = before.fingerprints(part)
         record[part] = {}
         for name in {**result, **known}:
@@ -200,7 +200,7 @@ def _record(body: str) -> dict[str, Any] | None:
         record = json.loads(found[-1]) if found else None
     except json.JSONDecodeError:
         return None
-    if not isinstance(record, dict) or not all(isinstance(record.get(part), dict) for part in _PARTS):
+    if not isinstance(record, dict) or not all(isinstance(record.get(part), dict) for part in PARTS):
         return None
     return record
 

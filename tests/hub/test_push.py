@@ -92,6 +92,7 @@ def test_what_an_earlier_model_left_goes_and_what_a_user_put_there_stays(models,
         "2_Normalize/config.json",
     ]
     own = ["notes.md", "demo/data.json", "figures/curve.png", "LICENSE", "train.py", "scores.json", "onnx/model.onnx"]
+    own += ["my_config.json", "adapter_config.json", "user_vocabulary_notes.txt"]
     api = HfApi()
     api.create_repo("acme/x")
     for name in [*stale, *own]:
@@ -202,6 +203,7 @@ def test_a_training_folder_gives_its_model_alone(models, as_alice, tmp_path):
         *["bad_batch_step_3_process_0.json", "notes.md", ".env", ".hidden/config.json", "data.json", "log.txt"],
         *["eval/results.csv", "runs/host/events.out.tfevents.1", "checkpoint-2/model.safetensors", "eval/config.json"],
         *["checkpoint-2/optimizer.pt", "wandb/config.json", "1_secret/config.json"],
+        *["settings.py", "secrets.py", "db_config.json", "config_prod.json", "tokenizer_secret_token.txt"],
     ]
     for name in others:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -290,3 +292,24 @@ def test_a_converted_model_that_could_not_be_pushed_is_pushed_from_its_folder(as
     assert CliRunner().invoke(app, again.split()[1:]).exit_code == 0
     assert set(model_files(tmp_path / "out")) == as_alice.files("acme/parlai").keys()
     assert {file.name for file in (tmp_path / "out").iterdir()} == as_alice.files("acme/parlai").keys()
+
+
+def test_a_folder_leaves_what_was_edited_on_the_hub(models, as_alice, tmp_path):
+    model = models["acme/bi"]
+    model.save_pretrained(str(tmp_path / "bi"))
+    local = tmp_path / "bi" / "README.md"
+    local.write_text(local.read_text() + "\n## Here\nwritten beside the weights\n")
+    push_folder(tmp_path / "bi", "acme/bi")
+    there = as_alice.files("acme/bi")["README.md"] + b"\n## Thanks\nto all\n"
+    HfApi().upload_file(path_or_fileobj=there, path_in_repo="README.md", repo_id="acme/bi")
+    for _ in range(2):  # the second time, over what the first one made
+        push_folder(tmp_path / "bi", "acme/bi", exist_ok=True, replace_model_card=True)
+        card = as_alice.files("acme/bi")["README.md"].decode()
+        assert "## Thanks\nto all" in card
+        assert "## Here\nwritten beside the weights" in card
+    as_alice.fail_next("GET", "/README.md", status=500, times=20)
+    as_alice.fail_next("HEAD", "/README.md", status=500, times=20)
+    state = as_alice.state()
+    with pytest.raises(PushError):  # rather than replacing what could not be read
+        push_folder(tmp_path / "bi", "acme/bi", exist_ok=True, replace_model_card=True)
+    assert as_alice.state() == state

@@ -160,6 +160,8 @@ def test_a_failed_push_at_the_end_leaves_the_model_and_says_how_to_go_on(
         "use_cpu": True,
         "push_to_hub": True,
         "hub_model_id": "acme/trained",
+        "hub_private_repo": True,
+        "hub_revision": "next",
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(options))
     as_alice.drop_next("PUT", "/lfs/", after=20_000, times=None)
@@ -167,13 +169,15 @@ def test_a_failed_push_at_the_end_leaves_the_model_and_says_how_to_go_on(
         train.main(["--config", str(tmp_path / "config.yaml")])
     assert exited.value.code == 1
     assert f"Saved to {tmp_path / 'out'}" in caplog.text
-    command = f"poly-encoders push {tmp_path / 'out'} acme/trained --exist-ok"
+    command = f"poly-encoders push {tmp_path / 'out'} acme/trained --exist-ok --replace-model-card"
+    command += " --private --revision next"  # or a private model would be made public by its repetition
     assert command in caplog.text
     weights = (tmp_path / "out" / "model.safetensors").read_bytes()
     as_alice.clear_faults()
     result = CliRunner().invoke(app, command.split()[1:])
     assert result.exit_code == 0, result.output
-    assert as_alice.files("acme/trained")["model.safetensors"] == weights
+    assert as_alice.repository("acme/trained").private
+    assert as_alice.files("acme/trained", "next")["model.safetensors"] == weights
 
 
 def test_a_pre_trained_encoder_goes_with_its_cross_encoder(checkpoints, as_alice, tmp_path):
