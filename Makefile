@@ -1,16 +1,26 @@
-# Two environments: .venv runs things, .venv-dev has the development tools as well. Both are made on first use.
+# Environments, each made on first use: .venv runs things, .venv-dev has the development tools as well, .venv-floors the
+# oldest versions that pyproject.toml allows.
 PYTHON ?= python3
-# The torch that the README's figures were taken with. Any other from 2.9 on will do: make quickstart TORCH=torch
+OLDEST_PYTHON ?= python3.11
+# The torch that the README's figures were taken with. Any later one will do: make quickstart TORCH=torch
 TORCH ?= torch==2.13.0
+# Processes to test in; each has one thread.
+WORKERS ?= 2
+PYTEST = -m pytest -n $(WORKERS) --dist worksteal
+# A test of each thing that is taken from a library.
+CORE = tests/modeling tests/poly_encoders tests/hub tests/training/data tests/training/methods/test_lora.py \
+	tests/training/runs/test_trainers.py tests/training/test_pretrain.py tests/training/test_train.py
 
-.PHONY: quickstart compare demo benchmarks test check wheel clean help
+.PHONY: quickstart compare demo benchmarks test test-slow floors check wheel clean help
 
 help:
 	@echo "make quickstart   train a Poly-encoder on real dialogue and rank replies (minutes on two CPU cores)"
 	@echo "make compare      the same for all three encoders, timed"
 	@echo "make demo         a page that ranks and explains, with the quick start's model (or MODEL=path)"
 	@echo "make benchmarks   time and memory of scoring and of a training step, beside their rivals"
-	@echo "make test         run all tests"
+	@echo "make test         run the tests (minutes)"
+	@echo "make test-slow    those in a browser, from a wheel, and of runs that are killed"
+	@echo "make floors       a core of the tests with the oldest Python and libraries that are declared"
 	@echo "make check        lint and types"
 	@echo "make wheel        build the distribution into dist/"
 
@@ -28,13 +38,18 @@ benchmarks: .venv-dev/.ready
 	.venv-dev/bin/python benchmarks/training.py
 
 test: .venv-dev/.ready
-	.venv-dev/bin/python -m pytest
+	.venv-dev/bin/python $(PYTEST)
+
+test-slow: .venv-dev/.ready
+	.venv-dev/bin/python $(PYTEST) -m slow
+
+floors: .venv-floors/.ready
+	.venv-floors/bin/python $(PYTEST) $(CORE)
 
 check: .venv-dev/.ready
 	.venv-dev/bin/ruff check .
 	.venv-dev/bin/ruff format --check .
-	.venv-dev/bin/python -m pip install --quiet --no-deps --upgrade --target build/typed .
-	cd build/typed && ../../.venv-dev/bin/mypy --config-file ../../pyproject.toml -p poly_encoders
+	.venv-dev/bin/mypy -p poly_encoders
 
 wheel: .venv-dev/.ready
 	.venv-dev/bin/python -m build --outdir dist .
@@ -57,5 +72,16 @@ wheel: .venv-dev/.ready
 	.venv-dev/bin/python -m pip install --quiet --editable ".[dev]"
 	touch $@
 
+.venv-floors/.ready: pyproject.toml
+	$(OLDEST_PYTHON) -m venv .venv-floors
+	.venv-floors/bin/python -m pip install --quiet --upgrade pip
+	$(OLDEST_PYTHON) -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+		extras = project['optional-dependencies'].values(); \
+		print(*(line.replace('>=', '==') for part in (project['dependencies'], *extras) for line in part \
+			if not line.startswith('poly-encoders')), sep='\n')" > .venv-floors/requirements.txt
+	.venv-floors/bin/python -m pip install --quiet --requirement .venv-floors/requirements.txt
+	.venv-floors/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
 clean:
-	rm -rf .venv .venv-dev build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-dev .venv-floors build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

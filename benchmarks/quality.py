@@ -30,7 +30,7 @@ from transformers.utils import logging as transformers_logging
 from poly_encoders import CandidateRankingEvaluator
 from poly_encoders.hardware import has_fast_bf16
 from poly_encoders.loading import load_model
-from poly_encoders.training.chitchat import chitchat_ranking_sets
+from poly_encoders.training.data.chitchat import chitchat_ranking_sets
 from poly_encoders.training.distill import ScoreOptions, write_scores
 from poly_encoders.training.pretrain import build_trainer as build_pretrainer
 from poly_encoders.training.pretrain import make_options as make_pretraining_options
@@ -124,7 +124,7 @@ def train_and_rank(run: str, options: argparse.Namespace) -> None:
 
 
 def rank(model: Any, evaluator: CandidateRankingEvaluator) -> np.ndarray:
-    """Rank of the right candidate of each test context, `(contexts,)`."""
+    """Rank of the positive of each test context, `(contexts,)`."""
     model.eval()
     with torch.autocast(model.device.type, torch.bfloat16, enabled=has_fast_bf16()), torch.inference_mode():
         return evaluator.ranks(model)
@@ -154,11 +154,9 @@ def settings(name: str, seed: int, steps: int, folder: Path, options: argparse.N
     }
     changes = dict(CHANGES[name])
     architecture = changes.get("architecture", "poly-encoder")
-    if architecture == "bi-encoder":
+    if architecture != "cross-encoder":
         changes["reduction"] = "mean"
-    elif architecture == "poly-encoder":
-        changes["candidate_vector"] = "mean"
-    if architecture == "cross-encoder":
+    else:
         # A step is of as many pairs as the others' contexts, or as pre-training's pairs; there are twice as many.
         batch = max(1, options.batch // (1 + changes["num_negatives"]))
         changes |= {"per_device_train_batch_size": batch, "max_steps": options.steps + steps, "learning_rate": 5e-5}

@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from poly_encoders import BiEncoder, CrossEncoder, PolyEncoder
 from poly_encoders.hardware import has_fast_bf16
-from poly_encoders.training.chitchat import chitchat_ranking_sets
+from poly_encoders.training.data.chitchat import chitchat_ranking_sets
 from poly_encoders.training.train import packaged_minilm
 
 CANDIDATES = 1000

@@ -28,12 +28,12 @@ from transformers.utils import logging as transformers_logging
 from poly_encoders import BiEncoder, PolyEncoder, poly_score
 from poly_encoders.hardware import has_fast_bf16
 from poly_encoders.scoring import score
-from poly_encoders.training.chitchat import chitchat_ranking_sets, load_chitchat
-from poly_encoders.training.collators import row_lengths
-from poly_encoders.training.losses import InBatchNegativesLoss
-from poly_encoders.training.sampling import LengthSortedBatchSampler
+from poly_encoders.training.data.chitchat import chitchat_ranking_sets, load_chitchat
+from poly_encoders.training.data.collators import row_lengths
+from poly_encoders.training.data.sampling import LengthSortedBatchSampler
+from poly_encoders.training.methods.losses import InBatchNegativesLoss
+from poly_encoders.training.runs.trainers import CHARACTERS_PER_TOKEN, freeze_word_embeddings, set_dropout
 from poly_encoders.training.train import packaged_minilm
-from poly_encoders.training.trainers import CHARACTERS_PER_TOKEN, freeze_word_embeddings, set_dropout
 
 BATCH, ROUNDS = 64, 6
 LENGTHS = {"max_context_length": 128, "max_candidate_length": 32}

@@ -1,1 +1,1 @@
-"""Card templates: data files, rendered by poly_encoders.cards."""
+"""Templates of cards, rendered by poly_encoders.cards, and the Space in space/."""

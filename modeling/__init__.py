@@ -1,15 +1,13 @@
-"""What a Poly-encoder checkpoint is: its configuration and its model, in torch and transformers alone."""
+"""What a Poly-encoder checkpoint is: its configuration, its model and its way from text to a ranking.
+
+The folder stays flat, and its files import one another relatively and nothing else but torch and transformers, because
+transformers copies them, flat, into the folder of every saved Poly-encoder, where they work without this package.
+"""
 
 from .configuration_poly_encoder import PolyEncoderConfig
-from .modeling_poly_encoder import (
-    PolyEncoderModel,
-    PolyEncoderOutput,
-    check_vectors,
-    poly_attention,
-    poly_score,
-    staged_folder,
-)
+from .modeling_poly_encoder import PolyEncoderModel, PolyEncoderOutput
 from .pipeline_poly_encoder import PolyEncoderPipeline
+from .scoring_poly_encoder import check_vectors, poly_attention, poly_score
 
 __all__ = [
     "PolyEncoderConfig",
@@ -19,5 +17,4 @@ __all__ = [
     "check_vectors",
     "poly_attention",
     "poly_score",
-    "staged_folder",
 ]

@@ -1,6 +1,6 @@
 # Copyright 2026 The poly-encoders authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""Configuration of a Poly-encoder: Humeau et al., "Poly-encoders", ICLR 2020, arXiv:1905.01969.
+"""Configuration of a Poly-encoder, Humeau et al., "Poly-encoders", ICLR 2020, arXiv:1905.01969, and its backbones.
 
 This file travels to the Hub beside the weights, so it imports the standard library, torch and transformers only.
 """
@@ -8,11 +8,25 @@ This file travels to the Hub beside the weights, so it imports the standard libr
 import copy
 import dataclasses
 import difflib
+import inspect
 import math
+import os
 from typing import Any, ClassVar, Literal
 
-from transformers import AutoConfig, BertConfig, PreTrainedConfig
+from torch import nn
+from transformers import (
+    MODEL_FOR_TEXT_ENCODING_MAPPING,
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForTextEncoding,
+    BertConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.configuration_utils import strict  # huggingface_hub's, by way of transformers
+
+from .text_poly_encoder import TURN_SEPARATOR, checked_count
 
 # Task -> the class of the file that travels beside the weights, and the Auto class that loads its model.
 _PIPELINES = {"sentence-similarity": {"impl": "pipeline_poly_encoder.PolyEncoderPipeline", "pt": ["AutoModel"]}}
@@ -50,9 +64,9 @@ class PolyEncoderConfig(PreTrainedConfig):
             m and the first one, m + 1 vectors in all.
         num_codes (`int`, defaults to 64):
             m, the number of context vectors, for all four kinds. At least 1.
-        candidate_vector (`str`, defaults to `"mean"`):
+        reduction (`str`, defaults to `"mean"`):
             How a candidate becomes one vector (section 4.2): `"first"` hidden state, `"mean"` of all,
-            or `"first_m_mean"`, the mean of the first m (`num_codes`).
+            or `"first_m_mean"`, the mean of the first m (`num_codes`). `candidate_vector` is an older name of it.
         code_attention, final_attention (`str`, defaults to `"basic"`):
             Attention of the codes over the context, and of the candidate over the context vectors: `"basic"` takes
             dot products as they are, `"sqrt"` divides them by the square root of the width.
@@ -81,6 +95,7 @@ class PolyEncoderConfig(PreTrainedConfig):
     model_type = "poly-encoder"
     #: Whether `transformers.pipeline` knows our task by itself, as it does once poly_encoders is imported.
     pipeline_is_registered: ClassVar[bool] = False
+    attribute_map = {"candidate_vector": "reduction"}  # noqa: RUF012
     sub_configs = {"context_encoder": AutoConfig, "candidate_encoder": AutoConfig}  # noqa: RUF012  (upstream's form)
 
     context_encoder: Any = None  # given as PreTrainedConfig, dict or None; always a PreTrainedConfig afterwards
@@ -88,14 +103,14 @@ class PolyEncoderConfig(PreTrainedConfig):
     share_encoders: bool = False
     context_vectors: Literal["learnt_codes", "first_m", "last_m", "first_and_last_m"] = "learnt_codes"
     num_codes: int = 64
-    candidate_vector: Literal["first", "mean", "first_m_mean"] = "mean"
+    reduction: Literal["first", "mean", "first_m_mean"] = "mean"
     code_attention: Literal["basic", "sqrt"] = "basic"
     final_attention: Literal["basic", "sqrt"] = "basic"
     output_scaling: int | float = 1.0
     code_std: int | float = 0.05
     max_context_length: int | None = None
     max_candidate_length: int | None = None
-    turn_separator: str = "\n"
+    turn_separator: str = TURN_SEPARATOR
     max_turns: int | None = None
 
     # What transformers and DeepSpeed read of any configuration; a value set here reaches both encoders.
@@ -106,7 +121,9 @@ class PolyEncoderConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         kwargs.pop("custom_pipelines", None)  # read from config.json, but a constant
-        self._refuse_misspelt(kwargs)
+        if "candidate_vector" in kwargs:
+            self.reduction = kwargs.pop("candidate_vector")  # upstream would set it unchecked
+        self.refuse_misspelt(kwargs)
         self.context_encoder = _resolve_encoder(self.context_encoder, "context_encoder") or BertConfig()
         self.candidate_encoder = _resolve_encoder(self.candidate_encoder, "candidate_encoder")
         if self.candidate_encoder is None and not self.share_encoders:
@@ -175,12 +192,8 @@ class PolyEncoderConfig(PreTrainedConfig):
             raise ValueError(f"code_std must be a finite number of at least 0, got {self.code_std!r}.")
 
     def validate_lengths(self) -> None:
-        for name in ("max_context_length", "max_candidate_length"):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or value < 1):
-                raise ValueError(f"{name} must be at least 1 token, or None for no limit of its own, got {value!r}.")
-        if self.max_turns is not None and (isinstance(self.max_turns, bool) or self.max_turns < 1):
-            raise ValueError(f"max_turns must be at least 1, or None for all turns, got {self.max_turns!r}.")
+        for name in ("max_context_length", "max_candidate_length", "max_turns"):
+            checked_count(getattr(self, name), name)
 
     def validate_encoders(self) -> None:
         if self.share_encoders:
@@ -197,9 +210,10 @@ class PolyEncoderConfig(PreTrainedConfig):
                 "multiplied, so the widths must be equal. Choose two backbones with the same hidden_size."
             )
 
-    def _refuse_misspelt(self, kwargs: dict[str, Any]) -> None:
+    def refuse_misspelt(self, kwargs: dict[str, Any]) -> None:
+        """Raise a ValueError where a name is nearly one of ours."""
         # transformers keeps any unknown keyword as an attribute, so a misspelt one would silently do nothing.
-        for name in kwargs:
+        for name in kwargs.keys() - self.own_fields():
             if close := difflib.get_close_matches(name, self.own_fields(), n=1, cutoff=0.85):
                 raise ValueError(f"PolyEncoderConfig has no option {name!r}. Did you mean {close[0]!r}?")
 
@@ -215,6 +229,67 @@ def _resolve_encoder(encoder: Any, name: str) -> PreTrainedConfig | None:
             f'{name}={{"model_type": "bert", ...}}, or pass a configuration object.'
         )
     return AutoConfig.for_model(model_type, **options)
+
+
+# --- the backbones that configurations mean -------------------------------------------------------------------------
+
+
+def build_backbone(config: PreTrainedConfig) -> PreTrainedModel:
+    """A backbone with random weights."""
+    auto_class, _, options = _backbone_recipe(config)
+    return _encoder_of(auto_class.from_config(config, **options))
+
+
+def load_backbone(path: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
+    """The backbone at a local folder or a Hub id, as `from_pretrained` loads it with these arguments.
+
+    Raises:
+        OSError: it is not there, or weights are missing.
+        ValueError: it is a Poly-encoder, or does not read text.
+    """
+    names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+    hub = {name: kwargs[name] for name in names if name in kwargs}
+    config = AutoConfig.from_pretrained(path, trust_remote_code=kwargs.get("trust_remote_code"), **hub)
+    if isinstance(config, PolyEncoderConfig):
+        raise ValueError(
+            f"{path} is itself a Poly-encoder. Load it with PolyEncoderModel.from_pretrained, or name the checkpoint "
+            "of its backbone here."
+        )
+    auto_class, model_class, options = _backbone_recipe(config)
+    if model_class is None:  # code of the checkpoint's own
+        model, info = auto_class.from_pretrained(path, output_loading_info=True, **options, **kwargs)
+    else:
+        # A class of our own for a moment, so that a pooler's weights, unused on purpose, are not reported.
+        ignored = [*(model_class._keys_to_ignore_on_load_unexpected or []), r"pooler\."]
+        quiet: Any = type(model_class.__name__, (model_class,), {"_keys_to_ignore_on_load_unexpected": ignored})
+        model, info = quiet.from_pretrained(path, config=config, output_loading_info=True, **options, **kwargs)
+        model.__class__ = model_class
+    if missing := sorted(info["missing_keys"]):
+        raise OSError(
+            f"The checkpoint {path} does not hold {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''} "
+            f"({len(missing)} weights in all) of the {config.model_type} that its config.json describes. "
+            "Download or save it again."
+        )
+    encoder = _encoder_of(model)
+    if not isinstance(encoder.get_input_embeddings(), nn.Embedding):
+        raise ValueError(f"{path} holds a {config.model_type} model, which does not read text. Name a text encoder.")
+    return encoder
+
+
+def _backbone_recipe(config: PreTrainedConfig) -> tuple[Any, Any, dict[str, Any]]:
+    """The Auto class and, if it is transformers' own, the class of such a backbone, and arguments its family needs."""
+    is_text_encoder = type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING  # encoders alone of T5 and its kin
+    mapping = MODEL_FOR_TEXT_ENCODING_MAPPING if is_text_encoder else MODEL_MAPPING
+    found = mapping.get(type(config), None)
+    model_class = found if inspect.isclass(found) else None
+    takes_pooler = model_class is not None and "add_pooling_layer" in inspect.signature(model_class).parameters
+    # A pooler would be a parameter without a gradient, which distributed training refuses.
+    options = {"add_pooling_layer": False} if takes_pooler else {}
+    return AutoModelForTextEncoding if is_text_encoder else AutoModel, model_class, options
+
+
+def _encoder_of(model: PreTrainedModel) -> PreTrainedModel:
+    return model.get_encoder() if getattr(model.config, "is_encoder_decoder", False) else model
 
 
 __all__ = ["PolyEncoderConfig"]

@@ -16,16 +16,23 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import Pipeline, PreTrainedModel
 
-from .conversations import candidate_texts, context_and_candidates, context_text
-from .lengths import by_length, token_limit, tokenized
-from .modeling_poly_encoder import poly_score
-from .ranking import best_first, checked_top_k, refuse_nonfinite
+from .scoring_poly_encoder import best_first, poly_score, refuse_nonfinite
+from .text_poly_encoder import (
+    NoTokensError,
+    by_length,
+    candidate_texts,
+    checked_count,
+    context_and_candidates,
+    context_text,
+    make_ready,
+    token_limit,
+    tokenized,
+)
 
-# Texts that go through a backbone together, as many as PolyEncoder.rank takes.
-BATCH_SIZE = 32
+BATCH_SIZE = 32  # texts that go through a backbone together, as many as PolyEncoder.rank takes
 
 _OPTIONS = ("top_k", "context_prompt", "candidate_prompt")
-_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
+_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 class PolyEncoderPipeline(Pipeline):
@@ -44,6 +51,7 @@ class PolyEncoderPipeline(Pipeline):
         TypeError: options that there are not.
     """
 
+    NoTokensError = NoTokensError
     _load_tokenizer = True
     _load_processor = False
     _load_image_processor = False
@@ -60,8 +68,7 @@ class PolyEncoderPipeline(Pipeline):
             )
         if self.tokenizer is None:
             raise ValueError("The pipeline needs the model's tokenizer: pass tokenizer=..., or the model by its path.")
-        if self.tokenizer.pad_token is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token  # decoders come without one; the mask hides it anyway
+        make_ready(self.tokenizer)
 
     def __call__(
         self,
@@ -101,13 +108,25 @@ class PolyEncoderPipeline(Pipeline):
             return super().__call__(inputs, **kwargs)
         return super().__call__((item for item in inputs), **kwargs)
 
+    def check_options(self, **options: Any) -> dict[str, Any]:
+        """The options as the steps take them.
+
+        Raises:
+            TypeError: one that there is not.
+            ValueError: `top_k` is no number of candidates.
+        """
+        if unknown := sorted(options.keys() - set(_OPTIONS)):
+            raise TypeError(f"This pipeline has no option {unknown[0]!r}; it has {', '.join(_OPTIONS)}.")
+        if "top_k" in options:
+            options["top_k"] = checked_count(options["top_k"], "top_k", least=0)
+        return options
+
     def _sanitize_parameters(
         self, texts_at_once: int | None = None, local_files_only: Any = None, **options: Any
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         # `pipeline` hands on the local_files_only that it was called with.
-        if unknown := sorted(options.keys() - set(_OPTIONS)):
-            raise TypeError(f"This pipeline has no option {unknown[0]!r}; it has {', '.join(_OPTIONS)}.")
-        after = {"top_k": checked_top_k(options.pop("top_k"))} if "top_k" in options else {}
+        options = self.check_options(**options)
+        after = {"top_k": options.pop("top_k")} if "top_k" in options else {}
         return {}, options | ({"batch_size": texts_at_once} if texts_at_once else {}), after
 
     def preprocess(self, input_: Any) -> dict[str, Any]:
@@ -119,76 +138,67 @@ class PolyEncoderPipeline(Pipeline):
             "candidates": candidate_texts(candidates),
         }
 
-    def _forward(
-        self,
-        texts: dict[str, Any],
-        batch_size: int = BATCH_SIZE,
-        context_prompt: str | None = None,
-        candidate_prompt: str | None = None,
-    ) -> dict[str, Any]:
+    def _forward(self, texts: dict[str, Any], **options: Any) -> dict[str, Any]:
         """Scores of one input, or of several that were put together, which share the vectors of equal candidates."""
-        contexts, sets = texts["context"], texts["candidates"]
-        single = isinstance(contexts, str)
-        if single:
-            contexts, sets = [contexts], [sets]
-        places = {text: place for place, text in enumerate(dict.fromkeys(text for texts in sets for text in texts))}
-        scores: list[Tensor] = [torch.empty(0)] * len(contexts)
-        if places:
-            context_vectors = self.encode_contexts(contexts, batch_size, context_prompt)
-            vectors = self.encode_candidates(list(places), batch_size, candidate_prompt)
-            for row, candidates in enumerate(sets):
-                own = vectors[[places[text] for text in candidates]]
-                scores[row] = self.score(context_vectors[row : row + 1], own)[0]
-        return {"scores": scores[0] if single else scores, "candidates": texts["candidates"]}
+        if isinstance(texts["context"], str):
+            return {**texts, "scores": self.score_texts(**texts, **options)}
+        return {**texts, "scores": self._score(texts["context"], texts["candidates"], **options)}
 
     def postprocess(self, outputs: dict[str, Any], top_k: int | None = None) -> list[dict[str, Any]]:
         """One input's ranking."""
         ranking = best_first(outputs["scores"].flatten(), top_k)
         return [{"index": index, "score": score, "text": outputs["candidates"][index]} for index, score in ranking]
 
-    # --- the two sides ---------------------------------------------------------------------------------------------
+    def score_texts(self, context: str, candidates: list[str], **options: Any) -> Tensor:
+        """Scores of checked texts, `(n,)` float32 on the CPU; equal candidates have equal ones.
 
-    def encode_contexts(
-        self, contexts: Sequence[Any], batch_size: int = BATCH_SIZE, prompt: str | None = None
-    ) -> Tensor:
-        """Context vectors, `(n, m, dim)` on the pipeline's device, of n contexts in any of their forms, at least one.
-
-        Raises:
-            TypeError, ValueError: what is no context, or has no token; vectors that are not finite.
-        """
-        config = self.model.config
-        texts = [context_text(context, config.turn_separator, config.max_turns) for context in contexts]
-        return self._encode("context", texts, batch_size, prompt)
-
-    def encode_candidates(
-        self, candidates: Sequence[str], batch_size: int = BATCH_SIZE, prompt: str | None = None
-    ) -> Tensor:
-        """Candidate vectors, `(n, dim)` on the pipeline's device, of n texts, at least one. They can be kept.
+        Args:
+            context, candidates: As `preprocess` gives them.
+            **options: `batch_size`, texts that go through the model at once; `context_prompt`, `candidate_prompt`.
 
         Raises:
-            TypeError, ValueError: what is no text, or has no token; vectors that are not finite.
+            NoTokensError: a text has no token.
+            ValueError: vectors that are not finite.
         """
-        return self._encode("candidate", candidate_texts(candidates), batch_size, prompt)
+        return self._score([context], [candidates], **options)[0]
 
-    def score(self, contexts: Tensor, candidates: Tensor) -> Tensor:
-        """Scores, `(n, k)` float32, of `(n, m, dim)` context vectors with `(k, dim)` candidate vectors."""
-        return poly_score(contexts, candidates, self.model.final_scale)
+    def _score(
+        self,
+        contexts: list[str],
+        sets: list[list[str]],
+        batch_size: int = BATCH_SIZE,
+        context_prompt: str | None = None,
+        candidate_prompt: str | None = None,
+    ) -> list[Tensor]:
+        texts = list(dict.fromkeys(text for candidates in sets for text in candidates))
+        if not texts:
+            return [torch.empty(0)] * len(contexts)
+        place = {text: position for position, text in enumerate(texts)}
+        encoded = self._encode("context", contexts, batch_size, context_prompt)
+        vectors = self._encode("candidate", texts, batch_size, candidate_prompt)
+        scores = []
+        for row, candidates in enumerate(sets):
+            own = {text: position for position, text in enumerate(dict.fromkeys(candidates))}
+            found = poly_score(encoded[row : row + 1], vectors[[place[text] for text in own]], self.model.final_scale)
+            scores.append(found[0].cpu()[[own[text] for text in candidates]])
+        return scores
 
     def _encode(
-        self, side: Literal["context", "candidate"], texts: list[str], batch_size: int, prompt: str | None
+        self, side: Literal["context", "candidate"], texts: Sequence[str], batch_size: int, prompt: str | None
     ) -> Tensor:
+        """`(n, m, dim)` or `(n, dim)` vectors, on the pipeline's device, of n checked texts, at least one."""
         model: Any = self.model
-        context = side == "context"
-        encoder: PreTrainedModel = model.context_encoder if context else model.candidate_encoder
-        wanted = model.config.max_context_length if context else model.config.max_candidate_length
+        is_context = side == "context"
+        encoder: PreTrainedModel = model.context_encoder if is_context else model.candidate_encoder
+        wanted = model.config.max_context_length if is_context else model.config.max_candidate_length
+        encode = model.get_context_features if is_context else model.get_candidate_features
         limit = token_limit(self.tokenizer, encoder, wanted)
         vectors: list[Tensor] = [torch.empty(0)] * len(texts)
         with self.device_placement(), torch.no_grad():
             for places in by_length(texts, batch_size):
                 rows = [texts[place] for place in places]
-                _, encoding = tokenized(self.tokenizer, rows, limit, "left" if context else "right", prompt)
+                encoding = tokenized(self.tokenizer, rows, limit, "left" if is_context else "right", prompt)
                 features = {name: encoding[name].to(self.device) for name in _INPUTS if name in encoding}
-                encode = model.get_context_features if context else model.get_candidate_features
                 for place, vector in zip(places, encode(**features), strict=True):
                     vectors[place] = vector
         stacked = torch.stack(vectors)

@@ -5,47 +5,53 @@ It is sentence-transformers' CrossEncoder with its own way from text to tokens: 
 with plain `sentence_transformers.CrossEncoder` and with `AutoModelForSequenceClassification`.
 """
 
+import logging
+import os
 from collections.abc import Sequence
+from inspect import signature
 from typing import Any
 
 import numpy as np
 import sentence_transformers
-from sentence_transformers.base.modules import Transformer
 from sentence_transformers.util import load_file_path
-from torch import nn
+from torch import Tensor, nn
 
-from poly_encoders.cards import CrossEncoderModelCardData, WithCard
-from poly_encoders.conversations import TURN_SEPARATOR, Context, candidate_texts, checked_max_turns, context_texts
-from poly_encoders.modeling.pairs import PairTokenizer, pair_limits, pair_room
-from poly_encoders.pushing import HubPushing
-from poly_encoders.two_sided import (
+from poly_encoders.cards import CrossEncoderModelCardData
+from poly_encoders.modeling.text_poly_encoder import TURN_SEPARATOR, Context, Side, candidate_texts, make_ready, padded
+from poly_encoders.pairs import PairTokenizer, pair_limits, pair_room
+from poly_encoders.ranker import (
     Ranked,
+    Ranker,
+    Task,
+    TextOptions,
     clear_load_errors,
-    finite,
-    forget_last_call,
+    default_separator,
     freeze_pooler,
-    ranking,
-    ranking_inputs,
+    local_path,
     refuse_poly_encoder,
-    save_staged,
 )
 
+logger = logging.getLogger(__name__)
 
-class CrossEncoder(HubPushing, WithCard, sentence_transformers.CrossEncoder):
-    r"""A Cross-encoder: scores a context and a candidate read together. The most exact of the three, and the slowest.
+
+class CrossEncoder(Ranker, sentence_transformers.CrossEncoder):
+    """A Cross-encoder: scores a context and a candidate read together. The most exact of the three, and the slowest.
 
     Args:
-        model_name_or_path: A saved Cross-encoder or any encoder, which gets a new scoring layer; a local folder or a
-            Hub id.
+        model_name_or_path: A saved Cross-encoder; or what to build a new one on, to be trained: any encoder, which gets
+            a new scoring layer, or another's Cross-encoder, whose pairs are then cut as said below. A local folder or a
+            Hub id. To use another's as it is, `poly_encoders.loading.load_model(path)`.
         max_context_length, max_candidate_length: Tokens kept: the last of a context, the first of a candidate, special
-            tokens not counted. When left out, a candidate may take a quarter of the room, a context the rest.
-        turn_separator: Text between the turns of a conversation, `"\n"` for a new model.
+            tokens not counted. When left out, a candidate may take a quarter of the room, a context the rest. Of a pair
+            that is too long all the same, the context gives way.
+        turn_separator: Text between the turns of a conversation. For a new model a newline or, where the tokenizer
+            drops newlines, its separator token.
         max_turns: Turns kept of a conversation, its last; all when left out.
         **kwargs: All that `sentence_transformers.CrossEncoder` takes. A new model's `activation_fn` is the identity:
             scores are raw and unbounded, comparable within one context.
 
     Raises:
-        ValueError: limits that the encoder has no positions for.
+        ValueError: limits that the encoder has no positions for, or a model that gives several values for a pair.
         OSError: files that are missing, truncated or corrupted.
     """
 
@@ -53,7 +59,7 @@ class CrossEncoder(HubPushing, WithCard, sentence_transformers.CrossEncoder):
 
     def __init__(
         self,
-        model_name_or_path: str | None = None,
+        model_name_or_path: str | os.PathLike[str] | None = None,
         *,
         max_context_length: int | None = None,
         max_candidate_length: int | None = None,
@@ -61,57 +67,73 @@ class CrossEncoder(HubPushing, WithCard, sentence_transformers.CrossEncoder):
         max_turns: int | None = None,
         **kwargs: Any,
     ) -> None:
-        self._max_context_length = max_context_length
-        self._max_candidate_length = max_candidate_length
-        self._turn_separator = turn_separator
-        self._max_turns = checked_max_turns(max_turns)
-        if kwargs.get("num_labels", 1) != 1:
+        self._text = TextOptions(max_context_length, max_candidate_length, turn_separator, max_turns)
+        self._unchanged = kwargs.pop("_unchanged", False)  # load_model's: another's model stays what it is
+        if kwargs.get("num_labels") not in (None, 1):
             raise ValueError(
                 f"This Cross-encoder ranks, so it has one score for a pair, not num_labels={kwargs['num_labels']}. "
                 "To classify pairs, use sentence_transformers.CrossEncoder."
             )
-        with clear_load_errors(model_name_or_path):
-            super().__init__(model_name_or_path, **kwargs)
+        path = local_path(model_name_or_path)
+        with clear_load_errors(path):
+            super().__init__(path, **kwargs)
         if self.num_labels != 1:
             raise ValueError(
-                f"{model_name_or_path} gives {self.num_labels} values for a pair, not one score, so it cannot rank. "
+                f"{path} gives {self.num_labels} values for a pair, not one score, so it cannot rank. "
                 "Load it with sentence_transformers.CrossEncoder."
             )
-        if self.tokenizer.pad_token is None:  # decoders come without one, and the scoring layer must know it
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-            self[0].model.config.pad_token_id = self.tokenizer.pad_token_id
-        if self._knows_segments() and "token_type_ids" not in self.tokenizer.model_input_names:
+        if self._text.turn_separator is None:
+            self._text.turn_separator = default_separator(self.tokenizer)
+        if not self._unchanged:
+            if path is not None and not self._is_ours and self._is_trained():
+                logger.warning(
+                    "This is a new Cross-encoder on %s, to be trained: its pairs are cut in another way. "
+                    "poly_encoders.loading.load_model loads the model as it is.",
+                    path,
+                )
+            self._set_up_encoder()
+
+    def _is_trained(self) -> bool:
+        return any(name.endswith("ForSequenceClassification") for name in self.config.architectures or [])
+
+    def _set_up_encoder(self) -> None:
+        tokenizer, model = self[0].tokenizer, self[0].model
+        make_ready(tokenizer)
+        text_config = model.config.get_text_config()
+        if hasattr(model, "score") or text_config.pad_token_id is None:  # a decoder's layer scores the last other token
+            text_config.pad_token_id = tokenizer.pad_token_id
+        tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = self._padding_side()
+        if self._knows_segments() and "token_type_ids" not in tokenizer.model_input_names:
             # Without this, upstream's CrossEncoder would leave the segments out and score otherwise.
-            names = [*self.tokenizer.model_input_names, "token_type_ids"]
-            self.tokenizer.model_input_names = self.tokenizer.init_kwargs["model_input_names"] = names
+            names = [*tokenizer.model_input_names, "token_type_ids"]
+            tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names
         if len(self) > 1:  # its score is made of token vectors by further modules, as in converted checkpoints
-            freeze_pooler(self[0].model)
+            freeze_pooler(model)
         self.length_limits()  # a limit that cannot be kept is said on loading, not on the first long text
 
     @property
     def turn_separator(self) -> str:
-        """Text between the turns of a conversation."""
-        return TURN_SEPARATOR if self._turn_separator is None else self._turn_separator
+        separator = self._text.turn_separator
+        return TURN_SEPARATOR if separator is None else separator
 
     @property
     def max_turns(self) -> int | None:
-        """Turns kept of a conversation, its last; `None` for all."""
-        return self._max_turns
+        return self._text.max_turns
 
     def length_limits(self) -> tuple[int, int]:
         """Tokens kept at most of a context and of a candidate, special tokens not counted.
 
-        Those of a model that was converted from ParlAI are each side's own; of a pair that is too long all the same,
-        the context gives way.
+        Of a pair that is too long all the same, the context gives way.
 
         Raises:
-            ValueError: the two together do not fit the encoder.
+            ValueError: a limit that the encoder has no positions for.
         """
-        return pair_limits(self.tokenizer, self._room(), self._max_context_length, self._max_candidate_length)
+        if self._unchanged:  # upstream cuts the longer of the two
+            return self._room(), self._room()
+        return pair_limits(self._room(), self._text.max_context_length, self._text.max_candidate_length)
 
     def _room(self) -> int:
-        encoder: Transformer = self[0]
-        return pair_room(encoder.tokenizer, encoder.model)
+        return pair_room(self[0].tokenizer, self[0].model)
 
     def preprocess(self, inputs: Sequence[Sequence[Any]], prompt: str | None = None, **kwargs: Any) -> dict[str, Any]:
         """Token features of (context, candidate) pairs, `(batch, length)` int64.
@@ -130,14 +152,18 @@ class CrossEncoder(HubPushing, WithCard, sentence_transformers.CrossEncoder):
         for position, pair in enumerate(inputs):
             if not isinstance(pair, (list, tuple)) or len(pair) != 2:
                 raise ValueError(f"Item {position} is no pair of a context and a candidate, but {pair!r:.80}.")
-        contexts = context_texts([pair[0] for pair in inputs], self.turn_separator, self.max_turns)
-        candidates = candidate_texts([pair[1] for pair in inputs])
-        tokenized = PairTokenizer(self[0].tokenizer, *self.length_limits(), self._room(), prompt)
-        rows = tokenized(contexts, candidates)
-        features = dict(self[0].tokenizer.pad(rows, padding=True, return_tensors="pt"))
+        contexts = self.context_texts([pair[0] for pair in inputs])
+        candidates = [str(text) for text in candidate_texts([pair[1] for pair in inputs])]
+        if self._unchanged:
+            return super().preprocess(list(zip(contexts, candidates, strict=True)), prompt=prompt, **kwargs)
+        rows = PairTokenizer(self[0].tokenizer, *self.length_limits(), self._room(), prompt)(contexts, candidates)
         if not self._knows_segments():
-            features.pop("token_type_ids", None)
-        return {**features, "modality": "text"}
+            del rows["token_type_ids"]
+        return {**padded(self[0].tokenizer, rows, self._padding_side()), "modality": "text"}
+
+    def _padding_side(self) -> Side:
+        # A generator that scores by its next word reads that off the last position.
+        return "left" if self[0].transformer_task == "text-generation" else "right"
 
     def _knows_segments(self) -> bool:
         return getattr(self[0].model.config, "type_vocab_size", 0) > 1
@@ -146,35 +172,47 @@ class CrossEncoder(HubPushing, WithCard, sentence_transformers.CrossEncoder):
         """Whether `inputs` is one pair: two items, the second a text, the first a context."""
         return isinstance(inputs, (list, tuple, np.ndarray)) and len(inputs) == 2 and isinstance(inputs[1], str)
 
+    def prompt_of(self, task: Task, prompt_name: str | None = None, prompt: str | None = None) -> str | None:
+        if self._unchanged:  # upstream knows no prompts of the sides
+            return self._resolve_prompt(prompt, prompt_name)
+        return super().prompt_of(task, prompt_name, prompt)
+
+    def predict(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """As upstream's; the scores of no pairs are float32 too."""
+        scores = super().predict(inputs, *args, **kwargs)
+        return scores.astype(np.float32) if isinstance(scores, np.ndarray) and scores.size == 0 else scores
+
     def rank(
         self,
-        query: Context,
-        documents: Sequence[str],
+        context: Context | None = None,
+        candidates: Sequence[str] | None = None,
         top_k: int | None = None,
         return_documents: bool = False,
-        prompt_name: str | None = None,
-        prompt: str | None = None,
-        batch_size: int = 32,
-        show_progress_bar: bool | None = None,
+        *,
+        query: Context | None = None,
+        documents: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> list[Ranked]:
-        """Rank candidates for one context: arguments and result as `PolyEncoder.rank` and upstream's."""
-        text, texts = ranking_inputs(self, query, documents, top_k)
-        if not texts:
-            return []
-        options = {"prompt_name": prompt_name, "prompt": prompt, "batch_size": batch_size, **kwargs}
-        options |= {"show_progress_bar": show_progress_bar, "convert_to_tensor": True}
-        scores = self.predict([(text, candidate) for candidate in texts], **options)
-        return ranking(scores, texts, top_k, return_documents)
+        """Rank candidates for one context: arguments and result as for `PolyEncoder.rank`.
 
-    def _inference(self, inputs: list[Any], **kwargs: Any) -> Any:
-        return finite(super()._inference(inputs, **kwargs))
+        `query` and `documents`, sentence-transformers' names, will do for `context` and `candidates`.
+        """
+        if (context is None) == (query is None) or (candidates is None) == (documents is None):
+            raise TypeError("rank needs one context and one list of candidates: model.rank(context, candidates).")
+        signature(sentence_transformers.CrossEncoder.rank).bind_partial(self, **kwargs)  # predict takes any keyword
+        context, candidates = query if context is None else context, documents if candidates is None else candidates
+        return super().rank(context, candidates, top_k, return_documents, **kwargs)  # type: ignore[arg-type]
+
+    def score_texts(self, context: str, candidates: list[str], prompt: str | None, **options: Any) -> Tensor:
+        return self.predict(
+            [(context, candidate) for candidate in candidates], prompt=prompt, convert_to_tensor=True, **options
+        )
 
     def get_default_activation_fn(self) -> Any:
         """The saved activation, else the identity: scores are raw."""
         config = self.config
         saved = "activation_fn" in (getattr(config, "sentence_transformers", None) or {})
-        if saved or getattr(config, "sbert_ce_default_activation_function", None) is not None:
+        if self._unchanged or saved or getattr(config, "sbert_ce_default_activation_function", None) is not None:
             return super().get_default_activation_fn()
         return nn.Identity()
 
@@ -202,21 +240,11 @@ class CrossEncoder(HubPushing, WithCard, sentence_transformers.CrossEncoder):
 
     def _parse_model_config(self, model_config: dict[str, Any]) -> None:
         super()._parse_model_config(model_config)
-        for name, value in model_config.get("poly_encoders", {}).items():
-            attribute = f"_{name}"
-            if getattr(self, attribute, value) is None:  # what the caller gave comes first
-                setattr(self, attribute, value)
+        self._text = self._text.filled(model_config.get("poly_encoders", {}))  # what the caller gave comes first
 
     def _get_model_config(self) -> dict[str, Any]:
-        ours = {
-            "max_context_length": self._max_context_length,
-            "max_candidate_length": self._max_candidate_length,
-            "turn_separator": self.turn_separator,
-            "max_turns": self.max_turns,
-        }
-        return {**super()._get_model_config(), "poly_encoders": ours}
+        config = super()._get_model_config()
+        return config if self._unchanged else {**config, "poly_encoders": vars(self._text)}
 
-    def save(self, path: str, *args: Any, **kwargs: Any) -> None:
-        """As upstream's, but a save that fails leaves what was at `path` as it was."""
-        forget_last_call(self)
-        save_staged(super().save, path, *args, **kwargs)
+
+__all__ = ["CrossEncoder"]

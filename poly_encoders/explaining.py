@@ -7,17 +7,13 @@ so that sum_i w_i a_ij says how much of token j is in the one vector that the ca
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
-from transformers import BatchEncoding
 
-from poly_encoders.conversations import Context, context_text
 from poly_encoders.modeling import poly_attention
-
-if TYPE_CHECKING:
-    from poly_encoders.poly_encoder import PolyEncoder
+from poly_encoders.modeling.text_poly_encoder import Context, plain_tokens, text_tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,60 +47,47 @@ class Explanation:
     token_weights: np.ndarray
 
 
-def explain(
-    model: "PolyEncoder", context: Context, candidate: str, prompt: str | None = None, device: str | None = None
-) -> Explanation:
-    """What `PolyEncoder.explain` returns; the prompt is the text itself."""
+def explain(model: Any, context: Context, candidate: str, prompt: str | None, device: str | None = None) -> Explanation:
+    """What `PolyEncoder.explain` returns for its `model`; the prompt is the text itself."""
     if not isinstance(candidate, str):
         raise TypeError(
             f"One candidate is explained at a time, a string, but this is {type(candidate).__name__}: "
             f"{candidate!r:.60}. Call explain for each of several."
         )
-    text = context_text(context, model.turn_separator, model.max_turns)
+    (text,) = model.context_texts([context])
     options: dict[str, Any] = {"device": device, "show_progress_bar": False}
-    (features,) = model.encode_query([text], prompt=prompt, output_value=None, **options)
+    (features,) = model.encode_query([text], prompt=prompt or "", output_value=None, **options)
     candidates = model.encode_document([candidate], convert_to_tensor=True, **options)
     contexts, mask = features["sentence_embedding"][None], features["attention_mask"][None]
     with torch.inference_mode():
         attention = model[0].model.context_attention(features["token_embeddings"][None], mask)
         dots, weights = poly_attention(contexts, candidates, model.final_scale)
         score = float(model.similarity(contexts, candidates)[0, 0])
-        kept = attention[0][:, mask[0] != 0].float()  # (m, L)
-        token_weights = weights[0, 0].float() @ kept
-
-    (text,), encoding = model[0].tokenized([text], prompt, "query")
-    tokens, offsets, special = _read(text, encoding, model.tokenizer)
+    code_attention, final_attention = attention[0].float().cpu().numpy(), weights[0, 0].float().cpu().numpy()
     return Explanation(
-        text=text,
-        tokens=tokens,
-        offsets=offsets,
-        special=special,
-        code_attention=kept.cpu().numpy(),
-        final_attention=weights[0, 0].float().cpu().numpy(),
+        *_read(model[0], text, prompt or ""),
+        code_attention=code_attention,
+        final_attention=final_attention,
         dots=dots[0, 0].float().cpu().numpy(),
         score=score,
-        token_weights=token_weights.cpu().numpy(),
+        token_weights=final_attention @ code_attention,
     )
 
 
-def _read(
-    text: str, encoding: BatchEncoding, tokenizer: Any
-) -> tuple[list[str], list[tuple[int, int]] | None, list[bool]]:
-    """The tokens of the one text in `encoding` as a person reads them, where they stand, and which are no text."""
-    kept = encoding["attention_mask"][0].nonzero().flatten().tolist()
-    ids = encoding["input_ids"][0, kept].tolist()
+def _read(module: Any, text: str, prompt: str) -> tuple[str, list[str], list[tuple[int, int]] | None, list[bool]]:
+    """The text with its prompt, and the tokens that the model read of it: `tokens`, `offsets`, `special`."""
+    tokenizer = module.tokenizer
+    (row,) = text_tokens(tokenizer, [text], module.limit("query"), "left", prompt)
+    text = prompt + text
     named = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}  # an unknown token stands for a piece of text
-    names = tokenizer.convert_ids_to_tokens(ids)
-    if not encoding.encodings:
-        own = [token_id in named for token_id in ids]
-        pieces = [name if is_own else tokenizer.decode([i]) for i, name, is_own in zip(ids, names, own, strict=True)]
-        return [piece or name for piece, name in zip(pieces, names, strict=True)], None, own
-    row = encoding.encodings[0]
-    added = [bool(row.special_tokens_mask[position]) for position in kept]
-    special = [is_added or token_id in named for is_added, token_id in zip(added, ids, strict=True)]
-    offsets = [(0, 0) if is_added else row.offsets[i] for i, is_added in zip(kept, added, strict=True)]
-    tokens = [
-        name if is_special else text[start:end] or name
-        for name, is_special, (start, end) in zip(names, special, offsets, strict=True)
-    ]
-    return tokens, offsets, special
+    special = [added or token_id in named for token_id, added in zip(row.ids, row.special, strict=True)]
+    names = tokenizer.convert_ids_to_tokens(row.ids)
+    if encodings := plain_tokens(tokenizer, [text]).encodings:
+        places = encodings[0].offsets
+        kept = iter(places[: row.head] + places[row.tail :])
+        offsets = [(0, 0) if added else next(kept) for added in row.special]
+        pieces = [text[start:end] for start, end in offsets]
+    else:
+        offsets, pieces = None, [tokenizer.decode([token_id]) for token_id in row.ids]
+    tokens = [name if own else piece or name for name, own, piece in zip(names, special, pieces, strict=True)]
+    return text, tokens, offsets, special

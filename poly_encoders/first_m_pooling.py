@@ -1,3 +1,5 @@
+# Copyright 2026 The poly-encoders authors.
+# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
 """The mean of the first m outputs, the paper's third reduction, as a sentence-transformers module.
 
 sentence-transformers has no such pooling, so this file is saved beside the models that use it, and must import

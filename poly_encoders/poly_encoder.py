@@ -1,5 +1,6 @@
 """The Poly-encoder as a sentence-transformers model: encode both sides, score, rank, save, load."""
 
+import os
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -7,13 +8,15 @@ import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 
+from poly_encoders.building import BuildOptions, module_from_encoder, module_from_sentence_transformer
 from poly_encoders.cards import PolyEncoderModelCardData
-from poly_encoders.checkpoints import BuildOptions, module_from_encoder, module_from_sentence_transformer
-from poly_encoders.conversations import Context
 from poly_encoders.explaining import Explanation, explain
-from poly_encoders.poly_module import PolyEncoderModule
+from poly_encoders.modeling import PolyEncoderConfig
+from poly_encoders.modeling.text_poly_encoder import Context, checked_count
+from poly_encoders.poly_encoder_module import PolyEncoderModule
+from poly_encoders.ranker import Task, TextOptions, clear_load_errors, local_path
 from poly_encoders.scoring import score
-from poly_encoders.two_sided import Task, TwoSidedEncoder, clear_load_errors
+from poly_encoders.two_sided import TwoSidedEncoder
 
 Vectors = Tensor | np.ndarray | list[Tensor] | list[np.ndarray]
 
@@ -26,10 +29,12 @@ class PolyEncoder(TwoSidedEncoder):
             any encoder; a local folder or a Hub id.
         num_codes: m, the number of context vectors. 64 for a new model.
         context_vectors: `"learnt_codes"` (for a new model), `"first_m"`, `"last_m"` or `"first_and_last_m"`.
-        candidate_vector: `"mean"`, `"first"` or `"first_m_mean"`; a new model follows the checkpoint's pooling.
+        reduction: How a candidate becomes one vector: `"mean"`, `"first"` or `"first_m_mean"`; a new model follows the
+            checkpoint's pooling.
         share_encoders: One encoder for both sides instead of two that start equal.
         max_context_length, max_candidate_length: Tokens kept: the last of a context, the first of a candidate.
-        turn_separator: Text between the turns of a conversation, `"\n"` for a new model.
+        turn_separator: Text between the turns of a conversation. For a new model a newline or, where the tokenizer
+            drops newlines, its separator token.
         max_turns: Turns kept of a conversation, its last; all when left out.
         **kwargs: All that `SentenceTransformer` takes (`device`, `prompts`, `revision`, `token`, `model_kwargs`, ...);
             further fields of `PolyEncoderConfig` go into `config_kwargs`.
@@ -47,16 +52,17 @@ class PolyEncoder(TwoSidedEncoder):
     model_card_data_class = PolyEncoderModelCardData
     # The one class outside sentence_transformers that modules.json may name without trust_remote_code.
     _module_classes: ClassVar[dict[str, type[nn.Module]]] = {
-        f"{PolyEncoderModule.__module__}.{PolyEncoderModule.__name__}": PolyEncoderModule
+        f"{PolyEncoderModule.__module__}.{PolyEncoderModule.__name__}": PolyEncoderModule,
+        "poly_encoders.poly_module.PolyEncoderModule": PolyEncoderModule,  # its name in models saved before
     }
 
     def __init__(
         self,
-        model_name_or_path: str | None = None,
+        model_name_or_path: str | os.PathLike[str] | None = None,
         *,
         num_codes: int | None = None,
         context_vectors: Literal["learnt_codes", "first_m", "last_m", "first_and_last_m"] | None = None,
-        candidate_vector: Literal["first", "mean", "first_m_mean"] | None = None,
+        reduction: Literal["first", "mean", "first_m_mean"] | None = None,
         share_encoders: bool | None = None,
         max_context_length: int | None = None,
         max_candidate_length: int | None = None,
@@ -64,24 +70,23 @@ class PolyEncoder(TwoSidedEncoder):
         max_turns: int | None = None,
         **kwargs: Any,
     ) -> None:
-        options = {
-            "num_codes": num_codes,
+        path = local_path(model_name_or_path)
+        given = TextOptions(max_context_length, max_candidate_length, turn_separator, max_turns).given()
+        architecture = {
+            "num_codes": checked_count(num_codes, "num_codes"),
             "context_vectors": context_vectors,
-            "candidate_vector": candidate_vector,
+            "reduction": reduction,
             "share_encoders": share_encoders,
-            "max_context_length": max_context_length,
-            "max_candidate_length": max_candidate_length,
-            "turn_separator": turn_separator,
-            "max_turns": max_turns,
         }
-        given = {name: value for name, value in options.items() if value is not None}
-        if given and model_name_or_path is None:
+        given |= {name: value for name, value in architecture.items() if value is not None}
+        if given and path is None:
             raise ValueError(f"{', '.join(given)}: these options need a model_name_or_path to build on.")
         if kwargs.get("backend", "torch") != "torch":
             raise ValueError(f"A Poly-encoder runs on backend='torch', not {kwargs['backend']!r}.")
-        kwargs["config_kwargs"] = {**(kwargs.get("config_kwargs") or {}), **given}
-        with clear_load_errors(model_name_or_path):
-            super().__init__(model_name_or_path, **kwargs)
+        wishes = {**(kwargs.get("config_kwargs") or {}), **given}
+        kwargs["config_kwargs"] = {PolyEncoderConfig.attribute_map.get(name, name): wishes[name] for name in wishes}
+        with clear_load_errors(path):
+            super().__init__(path, **kwargs)
 
     # --- loading and saving ----------------------------------------------------------------------------------------
 
@@ -127,6 +132,10 @@ class PolyEncoder(TwoSidedEncoder):
     @property
     def max_turns(self) -> int | None:
         return self[0].config.max_turns
+
+    def length_limits(self) -> tuple[int, int]:
+        """Tokens kept of a context and of a candidate, special tokens included."""
+        return self[0].limit("query"), self[0].limit("document")
 
     def vector_shape(self, task: Task) -> tuple[int, ...]:
         vector = super().vector_shape(task)
@@ -210,14 +219,7 @@ class PolyEncoder(TwoSidedEncoder):
             >>> why = model.explain(["Hi!", "Any plans for tonight?"], "A film, perhaps.")  # doctest: +SKIP
             >>> sorted(zip(why.token_weights, why.tokens), reverse=True)[:3]  # doctest: +SKIP
         """
-        if prompt is None:  # chosen as encode_query does, because the tokens are wanted as well as the vectors
-            if prompt_name is None:
-                prompt_name = "query" if "query" in self.prompts else self.default_prompt_name
-            if prompt_name is not None:
-                if prompt_name not in self.prompts:
-                    raise ValueError(f"The model has no prompt {prompt_name!r}, only {sorted(self.prompts)}.")
-                prompt = self.prompts[prompt_name]
-        return explain(self, context, candidate, prompt, device)
+        return explain(self, context, candidate, self.prompt_of("query", prompt_name, prompt), device)
 
     def _context_vectors(self, vectors: Vectors) -> Tensor:
         contexts, m = _floats(vectors), self[0].config.num_context_vectors

@@ -5,7 +5,11 @@ from copy import deepcopy
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# A worker has a core, and tiny models gain nothing from more. To be said before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MKL_NUM_THREADS", "1")
 
+import hypothesis
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
@@ -16,20 +20,28 @@ from transformers import AutoModel
 import tiny
 from poly_encoders import PolyEncoder
 
+hypothesis.settings.register_profile("fast", max_examples=25, deadline=None)
+hypothesis.settings.register_profile("ci", max_examples=200, deadline=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
+
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory):
-    """A function from a family's name to the folder of a tiny encoder checkpoint with its tokenizer."""
+    """A function from a family's name to the folder of a tiny encoder checkpoint with its tokenizer; read only.
+
+    Changes are to its configuration: `checkpoints("bert", max_position_embeddings=256)` has room for whole sentences.
+    """
     made: dict[str, str] = {}
 
-    def folder(family: str = "bert") -> str:
-        if family not in made:
+    def folder(family: str = "bert", **changes: object) -> str:
+        key = f"{family} {changes}"
+        if key not in made:
             path = tmp_path_factory.mktemp(f"tiny-{family}")
             torch.manual_seed(1)
-            AutoModel.from_config(tiny.family_config(family)).save_pretrained(path)
+            AutoModel.from_config(tiny.family_config(family, **changes)).save_pretrained(path)
             tiny.make_tokenizer(left=family in tiny.LEFT_PADDED).save_pretrained(path)
-            made[family] = str(path)
-        return made[family]
+            made[key] = str(path)
+        return made[key]
 
     return folder
 

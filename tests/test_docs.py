@@ -1,112 +1,123 @@
-"""What the pages in docs/ tell a reader to run, runs."""
+"""What the README and the pages in docs/ tell a reader to run, runs, and what they name is there."""
 
 import re
-import sys
+import shlex
 from pathlib import Path
 
 import pytest
 from transformers import HfArgumentParser
 from typer.testing import CliRunner
 
+from card_snippets import assert_prints_what_it_shows, python_blocks
 from parlai_original import FIXTURES
 from poly_encoders.cli import app
 from poly_encoders.tasks import TASKS
 from poly_encoders.training import pretrain, train
 from poly_encoders.training.distill import read_plan
+from poly_encoders.training.methods.negative_rules import MiningOptions
 from poly_encoders.training.mine_negatives import MiningArguments
 
-DOCS = Path(__file__).parent.parent / "docs"
-DOWNLOAD = "data/models/pretrained_transformers/model_poly/model"
+ROOT = Path(__file__).parent.parent
+PAGES = ["README.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))]
 
 
 def page(name: str) -> str:
-    return (DOCS / name).read_text(encoding="utf-8")
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def run_blocks(blocks: list[str], names_of: dict[str, str]) -> dict:
+    """What the blocks define, run in their order with these names replaced."""
+    defined: dict = {}
+    for block in blocks:
+        for name, path in names_of.items():
+            block = block.replace(name, path)
+        exec(compile(block, "page.md", "exec"), defined)
+    return defined
+
+
+def commands(text: str, start: str) -> list[list[str]]:
+    """The words of every command of a page that starts so, after that."""
+    return [shlex.split(line, comments=True) for line in re.findall(rf"^{start} (.*)$", text.replace("\\\n", ""), re.M)]
+
+
+def test_the_readme(saved_poly_encoder, capsys):
+    """Its Python in its order: the first block on the MiniLM that it names, and it prints what stands below it."""
+    blocks = python_blocks(page("README.md"))
+    names = run_blocks(blocks, {"models/quickstart-poly-encoder": str(saved_poly_encoder)})
+    assert_prints_what_it_shows(blocks[0], capsys.readouterr().out)
+    assert names["scores"].shape == (1, 3)
+    assert len(names["why"].tokens) == len(names["why"].token_weights)
+    assert names["context"].shape == (1, 4, 32)
+    assert names["best"].indices.shape == (1, 2)
 
 
 def test_the_way_from_a_download_to_auto_model(tmp_path, capsys):
     """The page's commands and code, in their order, on a checkpoint that ParlAI saved."""
-    text = page("parlai.md")
-    here = {DOWNLOAD: str(FIXTURES / "poly_codes8" / "model"), "my-poly-encoder": str(tmp_path / "my-poly-encoder")}
-
-    def filled(code: str) -> str:
-        for name, path in here.items():
-            code = code.replace(name, path)
-        return code
-
-    (command,) = re.findall(r"^poly-encoders (convert-parlai .*)$", text, flags=re.MULTILINE)
-    result = CliRunner().invoke(app, filled(command).split())
+    download = "data/models/pretrained_transformers/model_poly/model"
+    here = {download: str(FIXTURES / "poly_codes8" / "model"), "my-poly-encoder": str(tmp_path / "my-poly-encoder")}
+    (command,) = commands(page("docs/parlai.md"), "poly-encoders convert-parlai")
+    result = CliRunner().invoke(app, ["convert-parlai", *(here[word] for word in command)])
     assert result.exit_code == 0, result.output
-    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    assert len(blocks) == 3
-    names: dict = {}
-    for block in blocks:
-        exec(compile(filled(block), "parlai.md", "exec"), names)
-    assert names["scores"].shape == (1, 2)
+    assert run_blocks(python_blocks(page("docs/parlai.md")), here)["scores"].shape == (1, 2)
     assert "green tea" in capsys.readouterr().out
 
 
 def test_every_task_has_its_command():
-    text = page("evaluation.md")
+    text = page("docs/evaluation.md")
     for name, task in TASKS.items():
         assert f"poly-encoders evaluate MODEL {name} {' '.join(task.files)}" in text, name
 
 
-@pytest.mark.parametrize("name", ["parlai.md", "evaluation.md", "training.md"])
+def test_the_way_of_a_context_leads_through_functions_that_are_there():
+    steps = re.findall(r"^\| \d+ \| (.*?) \| `(.*?)` \|", page("docs/architecture.md"), flags=re.MULTILINE)
+    assert len(steps) == 14
+    for functions, file in steps:
+        for owner, name in re.findall(r"`(?:(\w+)\.)?(\w+)`", functions):
+            assert f"def {name}(" in page(file), name
+            assert f"class {owner}(" in page(file) or not owner, owner
+
+
+@pytest.mark.parametrize("name", PAGES)
 def test_links_and_paths_are_there(name):
     text = page(name)
     for target in re.findall(r"\]\((?!http)([^)#]+)", text):
-        assert (DOCS / target).exists(), target
-    for path in re.findall(r"`((?:tests|docs|training)/[\w/.]+)`", text):
-        assert (DOCS.parent / path).exists(), path
+        assert (ROOT / name).parent.joinpath(target).exists(), target
+    targets = {target for command in re.findall(r"`make ([\w ]+)`", text) for target in command.split()}
+    assert all(f"\n{target}:" in (ROOT / "Makefile").read_text(encoding="utf-8") for target in targets), targets
+    folders = "tests|docs|training|modeling|poly_encoders|hub_cards|benchmarks"
+    for path in re.findall(rf"(?<![\w/:.-])((?:{folders})/[\w/.-]*\w/?)", text):
+        assert (ROOT / path).exists(), path
 
 
-def test_training_commands_are_understood():
+@pytest.mark.parametrize("name", PAGES)
+def test_training_commands_are_understood(name, monkeypatch):
     """Every command of the page that trains something, as far as reading its options."""
-    commands = re.findall(r"^accelerate launch ((?:[^\n]*\\\n)*[^\n]*)", page("training.md"), flags=re.MULTILINE)
-    scripts = []
-    for command in commands:
-        words = command.replace("\\\n", " ").split()
-        script = next(word for word in words if word.endswith(".py"))
-        launcher, options = words[: words.index(script)], words[words.index(script) + 1 :]
-        assert all((DOCS.parent / word).is_file() for word in [*launcher, script] if "/" in word)
-        options = [str(DOCS.parent / word) if word.endswith(".yaml") else word for word in options]
-        read = {
-            "train.py": train.parse_options,
-            "pretrain.py": pretrain.parse_options,
-            "mine_negatives.py": HfArgumentParser(MiningArguments).parse_args_into_dataclasses,
-            "distill.py": lambda options: read_plan(options[options.index("--config") + 1]),
-        }[Path(script).name]
-        assert read(options)
-        scripts.append(Path(script).name)
-    assert set(scripts) == {"train.py", "pretrain.py", "mine_negatives.py", "distill.py"}
+    monkeypatch.chdir(ROOT)
+    read = {
+        "train.py": train.parse_options,
+        "pretrain.py": pretrain.parse_options,
+        "mine_negatives.py": HfArgumentParser((MiningArguments, MiningOptions)).parse_args_into_dataclasses,
+        "distill.py": lambda options: read_plan(options[options.index("--config") + 1]),
+    }
+    scripts = set()
+    for words in commands(page(name), "accelerate launch"):
+        place, script = next((i, Path(word).name) for i, word in enumerate(words) if word.endswith(".py"))
+        assert all(Path(word).is_file() for word in words[: place + 1] if "/" in word)
+        assert read[script](words[place + 1 :])
+        scripts.add(script)
+    assert scripts == set(read) or name != "docs/training.md"
 
 
 def test_the_hub_page(saved_poly_encoder):
     """Its Python runs in its order, without the push, which tests/hub does; its commands' options are there."""
-    text = page("hub.md")
-    push, *blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    push, *blocks = python_blocks(page("docs/hub.md"))
     assert "push_to_hub" in push
-    assert len(blocks) == 4
-    names: dict = {}
-    before = sys.path.copy()
-    try:
-        for block in blocks:
-            code = re.sub(r"org/my-poly-encoder|models/chitchat-poly", str(saved_poly_encoder), block)
-            exec(compile(code, "hub.md", "exec"), names)
-    finally:
-        sys.path[:] = before
-        sys.modules.pop("handler", None)
-    assert [entry["index"] for entry in names["ranking"]] == [names["best"][0]["index"]]
-    assert len(names["scores"]) == 3
-    assert names["refused"]["error"]["status"] == 400
+    saved = str(saved_poly_encoder)
+    names = run_blocks(blocks, {"org/my-poly-encoder": saved, "models/chitchat-poly": saved})
+    assert len(names["best"]) == 2
     assert len(names["rankings"]) == 2
     assert sum(names["why"].token_weights) == pytest.approx(1.0, abs=1e-4)
-    rows = re.findall(r"^\|.*\|$", text, flags=re.MULTILINE)
-    options = {name for row in rows for name in re.findall(r"`(--[\w-]+)", row)}
+    options = set(re.findall(r"^\|.*`(--[\w-]+)", page("docs/hub.md"), flags=re.MULTILINE))
     help_text = CliRunner().invoke(app, ["push", "--help"], env={"COLUMNS": "200"}).output
     assert options
     assert all(name in help_text for name in options)
-    for command in re.findall(r"^accelerate launch training/train.py (.*?)$", text.replace("\\\n", ""), re.MULTILINE):
-        parsed = train.parse_options(command.split())
-        assert parsed.training.push_to_hub
-        assert parsed.training.hub_private_repo

@@ -1,66 +1,73 @@
-"""A real wheel: what it holds, and that it works where only it is."""
+"""The distribution: what it holds, that it works where only it is."""
 
+import os
+import re
 import subprocess
 import sys
+import tarfile
+import tomllib
 import zipfile
 from email.parser import Parser
 from pathlib import Path
 
 import pytest
 
+import forks
+
 ROOT = Path(__file__).parent.parent
-SPACE = ["app.py", "dialogues.py", "drawing.py", "style.css", "requirements.txt", "README.md"]
 
 
-@pytest.fixture(scope="session")
-def wheel(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "build", "--wheel", "--outdir", str(folder), str(ROOT)]
+def package_files():
+    """The package's files as they lie once installed, through the links of a checkout."""
+    for folder, _, names in os.walk(ROOT / "poly_encoders", followlinks=True):
+        if "__pycache__" not in folder:
+            yield from (Path(folder, name).relative_to(ROOT) for name in names)
+
+
+def test_every_folder_is_packaged():
+    with open(ROOT / "pyproject.toml", "rb") as file:
+        packages = tomllib.load(file)["tool"]["setuptools"]["packages"]
+    assert set(packages) == {str(file.parent).replace("/", ".") for file in package_files()}
+    assert len(packages) == len(set(packages))
+
+
+@pytest.fixture(scope="module")
+def distribution(tmp_path_factory):
+    """The source distribution, and the wheel that is built from it."""
+    folder = tmp_path_factory.mktemp("distribution")
+    command = [sys.executable, "-m", "build", "--outdir", str(folder), str(ROOT)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    (file,) = folder.glob("*.whl")
-    return file
+    return next(folder.glob("*.tar.gz")), next(folder.glob("*.whl"))
 
 
-def test_contents(wheel):
-    names = set(zipfile.ZipFile(wheel).namelist())
-    expected = {
-        "poly_encoders/py.typed",
-        "poly_encoders/poly_encoder.py",
-        "poly_encoders/modeling/modeling_poly_encoder.py",
-        "poly_encoders/modeling/configuration_poly_encoder.py",
-        "poly_encoders/training/train.py",
-        "poly_encoders/training/configs/chitchat_quickstart.yaml",
-        "poly_encoders/hub_cards/poly_encoder.md",
-        *(f"poly_encoders/hub_cards/space/{name}" for name in SPACE),
-    }
-    assert expected <= names
-    templates = {f"poly_encoders/hub_cards/{file.name}" for file in (ROOT / "hub_cards").glob("*.md")}
-    assert templates <= names
-    tops = {name.split("/")[0] for name in names}
-    assert {top for top in tops if not top.endswith(".dist-info")} == {"poly_encoders"}
-    sources = {str(file.relative_to(ROOT)) for file in (ROOT / "poly_encoders").rglob("*.py")}
-    for folder in ("modeling", "training"):
-        sources |= {f"poly_encoders/{folder}/{file.name}" for file in (ROOT / folder).glob("*.py")}
-    assert sources <= names
+@pytest.mark.slow
+def test_each_file_is_there_once(distribution):
+    with tarfile.open(distribution[0]) as source:
+        links = [member.name for member in source if not member.isfile() and not member.isdir()]
+        files = [member.name.partition("/")[2] for member in source if member.isfile()]
+    assert not links
+    expected = sorted(map(str, package_files()))
+    linked = ("modeling/", "training/", "hub_cards/")
+    found = [f"poly_encoders/{name}" if name.startswith(linked) else name for name in files]
+    assert sorted(name for name in found if name.startswith("poly_encoders/")) == expected
+    names = zipfile.ZipFile(distribution[1]).namelist()
+    assert sorted(name for name in names if ".dist-info/" not in name) == expected
 
 
-def test_metadata(wheel):
-    with zipfile.ZipFile(wheel) as archive:
+@pytest.mark.slow
+def test_metadata(distribution):
+    with zipfile.ZipFile(distribution[1]) as archive:
         (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
         metadata = Parser().parsestr(archive.read(name).decode())
         assert any(name.endswith("licenses/LICENSE") for name in archive.namelist())
     assert metadata["License-Expression"] == "Apache-2.0"
-    assert metadata["Requires-Python"] == ">=3.10"
-    required = [line.split(">=")[0] for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
-    assert {"torch", "transformers", "sentence-transformers", "datasets", "accelerate"} <= set(required)
+    assert metadata["Requires-Python"] == ">=3.11"
+    required = {re.match(r"[\w-]+", line)[0] for line in metadata.get_all("Requires-Dist") if "extra ==" not in line}
+    assert {"torch", "transformers", "sentence-transformers", "datasets", "accelerate"} <= required
 
 
-def test_it_works_where_only_the_wheel_is(wheel, tmp_path, saved_poly_encoder):
-    """From the wheel's own files, in a folder without the checkout; the dependencies are this environment's."""
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(tmp_path / "site")
-    code = """
+ALONE = """
 import sys
 site, model = sys.argv[1:]
 sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in repr(finder).lower()]
@@ -78,35 +85,21 @@ encoder = poly_encoders.PolyEncoder(model, device="cpu")
 print(encoder.rank("hello", ["yes", "no"])[0]["corpus_id"] in (0, 1))
 encoder.save_pretrained("again")
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "site"), str(saved_poly_encoder)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=tmp_path,
-    )
+
+
+@pytest.mark.slow
+def test_it_works_where_only_the_wheel_is(distribution, tmp_path, saved_poly_encoder):
+    """From the wheel's own files, in a folder without the checkout; the dependencies are this environment's."""
+    with zipfile.ZipFile(distribution[1]) as archive:
+        archive.extractall(tmp_path / "site")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-c", ALONE, str(tmp_path / "site"), str(saved_poly_encoder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.strip() == "True"
     assert (tmp_path / "again" / "README.md").is_file()
 
 
-def test_training_runs_as_a_script_and_as_a_module():
-    for command in (["training/train.py"], ["-m", "poly_encoders.training.train"]):
-        done = subprocess.run(
-            [sys.executable, *command, "--help"], capture_output=True, text=True, check=False, cwd=ROOT
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        assert "--num_codes" in done.stdout
-
-
-def test_imports_run_one_way():
-    """modeling <- poly_encoders <- training."""
-    for folder, forbidden in (
-        ("modeling", ["poly_encoders", "training"]),
-        ("poly_encoders", ["poly_encoders.training"]),
-    ):
-        for file in (ROOT / folder).rglob("*.py"):
-            for line in file.read_text(encoding="utf-8").splitlines():
-                words = line.split()
-                if words[:1] in (["from"], ["import"]):
-                    assert not any(words[1].startswith(name) for name in forbidden), f"{file.name}: {line}"
+@pytest.mark.parametrize("command", [["training/train.py"], ["-m", "poly_encoders.training.train"]])
+def test_training_runs_as_a_script_and_as_a_module(command):
+    assert "--num_codes" in forks.run([*command, "--help"])

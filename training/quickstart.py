@@ -23,16 +23,15 @@ from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
 from poly_encoders import CandidateRankingEvaluator
-from poly_encoders.training.arguments import Architecture
-from poly_encoders.training.chitchat import chitchat_ranking_sets
+from poly_encoders.training.data.chitchat import chitchat_ranking_sets
+from poly_encoders.training.runs.arguments import Architecture
+from poly_encoders.training.runs.resuming import Stopped, train_to_end
 from poly_encoders.training.train import Options, build_trainer, parse_options
 
 CONFIG = Path(__file__).parent / "configs" / "chitchat_quickstart.yaml"
 NAMES: dict[str, str] = {"bi-encoder": "Bi-encoder", "poly-encoder": "Poly-encoder", "cross-encoder": "Cross-encoder"}
-# A Cross-encoder reads every pair: with more of either it would take most of an hour on two cores.
-EXTRA_OPTIONS: dict[str, list[str]] = {"cross-encoder": ["--num_negatives", "1", "--max_context_length", "64"]}
-
-# And so it is measured on the first of the sets only: 20 pairs each, all of them read.
+# A Cross-encoder reads every pair: with more of these it would take most of an hour on two cores.
+CROSS_ENCODER_OPTIONS = ["--num_negatives", "1", "--max_context_length", "64"]
 CROSS_ENCODER_SETS = 200
 
 DIALOGUE = ["Hi! How was your weekend?", "Great, we went hiking in the mountains. Do you like being outdoors?"]
@@ -71,18 +70,16 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
     logging.basicConfig(level=logging.WARNING)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
-    logging.getLogger("poly_encoders").setLevel(logging.ERROR)
+    for name in ("sentence_transformers", "poly_encoders"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     disable_progress_bar()
 
-    architectures: list[Architecture] = (
-        ["bi-encoder", "poly-encoder", "cross-encoder"] if own.compare else ["poly-encoder"]
-    )
     results = []
-    for architecture in architectures:
+    for architecture in NAMES if own.compare else ("poly-encoder",):
         folder = Path(own.output) / f"quickstart-{architecture}"
         fixed = ["--config", str(CONFIG), "--architecture", architecture, "--output_dir", str(folder)]
-        options = parse_options([*fixed, *EXTRA_OPTIONS.get(architecture, []), *overrides])
+        extra = CROSS_ENCODER_OPTIONS if architecture == "cross-encoder" else []
+        options = parse_options([*fixed, *extra, *overrides])
         results.append(_run(options, own.sets))
         _print_quality(results[-1])
     if own.compare:
@@ -95,82 +92,82 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
 
 def _run(options: Options, limit: int) -> Result:
     architecture, training = options.model.architecture, options.training
-    name = NAMES[architecture]
-    console.rule(f"[bold]{name}")
+    console.rule(f"[bold]{NAMES[architecture]}")
     trainer: Any = build_trainer(options)
     model = trainer.model
     sets = chitchat_ranking_sets("test", size=20, seed=0, limit=limit)
-    if architecture == "cross-encoder":
-        sets = sets[:CROSS_ENCODER_SETS]
+    sets = sets[:CROSS_ENCODER_SETS] if architecture == "cross-encoder" else sets
     evaluator = CandidateRankingEvaluator(sets, at_k=(1, 5), batch_size=64, dataset="chitchat", split="test")
     precision = "bfloat16" if training.bf16 else "float32"
     examples = training.max_steps * training.train_batch_size
 
     console.print(f"Ranking 20 replies for each of {len(sets):,} test contexts, before training ({precision}) ...")
-    before = _evaluate(evaluator, model, training.bf16)
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=training.bf16):
+        before = evaluator(model)
     console.print(f"Training on {examples:,} examples, {training.max_steps} steps ...")
     start = time.perf_counter()
-    trainer.train()
+    try:
+        train_to_end(trainer)
+    except Stopped:
+        console.print(f"Stopped, and saved to {training.output_dir}. Go on with --resume_from_checkpoint.")
+        raise
     seconds = time.perf_counter() - start
-    console.print("Ranking again, after training ...")
-    after = _evaluate(evaluator, model, training.bf16)
-    model.save_pretrained(training.output_dir)
-    console.print(f"Saved to {training.output_dir}.")
+    console.print(f"Saved to {training.output_dir}. Ranking again, after training ...")
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=training.bf16):
+        after = evaluator(model)
+        milliseconds = _time_ranking(model, sets)
+    model.save_pretrained(training.output_dir)  # again, for the figures in its card
     for entry in model.rank(DIALOGUE, REPLIES, return_documents=True):
         console.print(f"  {entry['score']:8.2f}  {entry['text']}", highlight=False)
-    return Result(
-        architecture, before, after, seconds, examples, _time_ranking(model, sets, training.bf16), precision, len(sets)
-    )
+    return Result(architecture, before, after, seconds, examples, milliseconds, precision, len(sets))
 
 
-def _evaluate(evaluator: CandidateRankingEvaluator, model: Any, bf16: bool) -> dict[str, float]:
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-        return evaluator(model)
-
-
-def _time_ranking(model: Any, sets: list[dict[str, Any]], bf16: bool, repeats: int = 5) -> float:
+def _time_ranking(model: Any, sets: list[dict[str, Any]], repeats: int = 5) -> float:
     """Median milliseconds to score 1,000 candidates for one context."""
     texts = list(dict.fromkeys(text for ranked in sets for text in ranked["candidates"]))[:1000]
-    two_sided = hasattr(model, "encode_document")
+    quiet: dict[str, Any] = {"convert_to_tensor": True, "show_progress_bar": False}
+    vectors = model.encode_document(texts, **quiet) if hasattr(model, "encode_document") else None
     times = []
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-        vectors = model.encode_document(texts, convert_to_tensor=True, show_progress_bar=False) if two_sided else None
-        for ranked in sets[: repeats if two_sided else 1]:
-            start = time.perf_counter()
-            if two_sided:
-                context = model.encode_query([ranked["context"]], convert_to_tensor=True, show_progress_bar=False)
-                model.similarity(context, vectors).topk(10)
-            else:
-                model.rank(ranked["context"], texts, top_k=10, batch_size=64, show_progress_bar=False)
-            times.append(1000 * (time.perf_counter() - start))
+    for ranked in sets[: repeats if vectors is not None else 1]:
+        start = time.perf_counter()
+        if vectors is not None:
+            model.similarity(model.encode_query([ranked["context"]], **quiet), vectors).topk(10)
+        else:
+            model.rank(ranked["context"], texts, top_k=10, batch_size=64, show_progress_bar=False)
+        times.append(1000 * (time.perf_counter() - start))
     return median(times)
 
 
 def _print_quality(result: Result) -> None:
-    table = Table(title=f"{NAMES[result.architecture]} on ChitChat: 20 candidates, {result.sets:,} test contexts")
-    table.add_column("")
-    for heading in ("R@1/20", "R@5/20", "MRR"):
-        table.add_column(heading, justify="right")
-    for heading, metrics in (("before training", result.before), ("after training", result.after)):
-        table.add_row(heading, *(f"{metrics[key]:.4f}" for key in ("recall@1", "recall@5", "mrr")))
-    gain = [result.after[key] - result.before[key] for key in ("recall@1", "recall@5", "mrr")]
-    table.add_row("gain", *(f"{value:+.4f}" for value in gain), style="bold green" if gain[0] > 0 else "bold red")
-    console.print(table)
+    keys = ("recall@1", "recall@5", "mrr")
+    gain = [result.after[key] - result.before[key] for key in keys]
+    style = "bold green" if gain[0] > 0 else "bold red"
+    rows = [
+        ["before training", *(f"{result.before[key]:.4f}" for key in keys)],
+        ["after training", *(f"{result.after[key]:.4f}" for key in keys)],
+        ["gain", *(f"[{style}]{value:+.4f}" for value in gain)],
+    ]
+    title = f"{NAMES[result.architecture]} on ChitChat: 20 candidates, {result.sets:,} test contexts"
+    _print_table(title, ["", "R@1/20", "R@5/20", "MRR"], rows)
 
 
 def _print_comparison(results: list[Result]) -> None:
-    table = Table(title=f"The three encoders, each trained on the same {results[0].examples:,} examples")
-    for heading in ("", "contexts", "R@1/20 before", "R@1/20", "R@5/20", "MRR", "training", "1,000 candidates"):
+    headings = ["", "contexts", "R@1/20 before", "R@1/20", "R@5/20", "MRR", "training", "1,000 candidates"]
+    rows = [
+        [NAMES[result.architecture], f"{result.sets:,}", f"{result.before['recall@1']:.4f}"]
+        + [f"{result.after[key]:.4f}" for key in ("recall@1", "recall@5", "mrr")]
+        + [f"{result.training_seconds / 60:.1f} min", f"{result.rank_1000_milliseconds:.0f} ms"]
+        for result in results
+    ]
+    _print_table(f"The three encoders, each trained on the same {results[0].examples:,} examples", headings, rows)
+
+
+def _print_table(title: str, headings: list[str], rows: list[list[str]]) -> None:
+    table = Table(title=title)
+    for heading in headings:
         table.add_column(heading, justify="right" if heading else "left", no_wrap=not heading)
-    for result in results:
-        table.add_row(
-            NAMES[result.architecture],
-            f"{result.sets:,}",
-            f"{result.before['recall@1']:.4f}",
-            *(f"{result.after[key]:.4f}" for key in ("recall@1", "recall@5", "mrr")),
-            f"{result.training_seconds / 60:.1f} min",
-            f"{result.rank_1000_milliseconds:.0f} ms",
-        )
+    for row in rows:
+        table.add_row(*row)
     console.print(table)
 
 

@@ -12,26 +12,18 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import replace
 from typing import Any, NamedTuple
 
-from datasets import Dataset
 from transformers import set_seed
 
 from poly_encoders import BiEncoder, CandidateRankingEvaluator, CrossEncoder, PolyEncoder
-from poly_encoders.training.arguments import TRAINING_ARGUMENTS, DataArguments, ModelArguments
-from poly_encoders.training.cards import data_name, describe_run
-from poly_encoders.training.data_sources import (
-    load_examples,
-    load_ranking_sets,
-    load_shared_candidates,
-    sample_examples,
-)
-from poly_encoders.training.options import options_of_files, parse_dataclasses
-from poly_encoders.training.running import STOPPED, Stopped, conclude, end_processes, train_to_end
-from poly_encoders.training.trainers import BiEncoderTrainer, CrossEncoderTrainer, PaperTrainer, PolyEncoderTrainer
-
-logger = logging.getLogger(__name__)
+from poly_encoders.training.data.sources import DataSource
+from poly_encoders.training.runs.argument_parsing import arguments_of_files, parse_dataclasses
+from poly_encoders.training.runs.arguments import TRAINING_ARGUMENTS, DataArguments, ModelArguments
+from poly_encoders.training.runs.resuming import conclude, train_to_end
+from poly_encoders.training.runs.run_cards import data_name, describe_run
+from poly_encoders.training.runs.trainers import BiEncoderTrainer, CrossEncoderTrainer, PaperTrainer, PolyEncoderTrainer
 
 TRAINERS: dict[str, Any] = {
     "poly-encoder": PolyEncoderTrainer,
@@ -53,15 +45,11 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
         ValueError: an option in a file that does not exist.
         FileNotFoundError: no such file.
     """
-    return make_options(options_of_files(argv), argv)
+    return make_options(arguments_of_files(argv), argv)
 
 
 def make_options(mapping: dict[str, Any], argv: Sequence[str] | None = ()) -> Options:
-    """Options from a mapping and then from the command line.
-
-    Raises:
-        ValueError: an option that does not exist.
-    """
+    """Options from a mapping and then from the command line; a ValueError where one does not exist."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--architecture", choices=sorted(TRAINERS))
     known, _ = first.parse_known_args(argv)
@@ -69,30 +57,23 @@ def make_options(mapping: dict[str, Any], argv: Sequence[str] | None = ()) -> Op
     if architecture not in TRAINERS:
         raise ValueError(f"architecture must be one of {sorted(TRAINERS)}, got {architecture!r}.")
     kinds = (ModelArguments, DataArguments, TRAINING_ARGUMENTS[architecture])
-    return Options(*parse_dataclasses(kinds, argv, mapping, architecture, __doc__))
+    return Options(*parse_dataclasses(kinds, argv, mapping, str(__doc__)))
 
 
 def build_model(options: ModelArguments) -> Any:
     """The model to train, on its starting checkpoint."""
-    path = packaged_minilm() if options.model_name_or_path == "minilm" else options.model_name_or_path
-    lengths: dict[str, Any] = {
-        "max_context_length": options.max_context_length,
-        "max_candidate_length": options.max_candidate_length,
-        "turn_separator": options.turn_separator,
-        "max_turns": options.max_turns,
-    }
+    path = checkpoint_path(options.model_name_or_path)
     if options.architecture == "cross-encoder":
-        return CrossEncoder(path, **lengths)
+        return CrossEncoder(path, **options.text_options())
+    both = {"reduction": options.reduction, "share_encoders": options.share_encoders, **options.text_options()}
     if options.architecture == "bi-encoder":
-        return BiEncoder(path, reduction=options.reduction, share_encoders=options.share_encoders, **lengths)
-    return PolyEncoder(
-        path,
-        num_codes=options.num_codes,
-        context_vectors=options.context_vectors,
-        candidate_vector=options.candidate_vector,
-        share_encoders=options.share_encoders,
-        **lengths,
-    )
+        return BiEncoder(path, num_codes=options.num_codes if options.reduction == "first_m_mean" else None, **both)
+    return PolyEncoder(path, num_codes=options.num_codes, context_vectors=options.context_vectors, **both)
+
+
+def checkpoint_path(name: str) -> str:
+    """The folder or Hub id of a checkpoint, of which 'minilm' is short for one."""
+    return packaged_minilm() if name == "minilm" else name
 
 
 def packaged_minilm() -> str:
@@ -104,39 +85,15 @@ def packaged_minilm() -> str:
     return str(get_model_path())
 
 
-def load_evaluation(data: DataArguments, training: Any) -> tuple[CandidateRankingEvaluator, Dataset | None]:
-    """What ranks the validation split, and the examples whose loss is measured."""
-    source, split = data.eval_dataset or data.dataset, data.eval_split or ""
-    columns = data.eval_columns or data.columns
-    if source == data.dataset and Path(source).exists() and not Path(source, "dataset_dict.json").is_file():
-        logger.warning(
-            "%s is one split, so the evaluation is on rows that are trained on. Give --eval_dataset, or --eval_split "
-            "null.",
-            source,
-        )
-    sets = load_ranking_sets(
-        source,
-        split,
-        data.eval_set_size,
-        training.seed,
-        data.max_eval_sets,
-        columns,
-        data.dataset_config,
-        data.data_dir,
-    )
-    shared = load_shared_candidates(source, split, data.data_dir)
-    evaluator = CandidateRankingEvaluator(
-        sets,
-        name=split,
+def make_evaluator(source: DataSource, data: DataArguments, training: Any) -> CandidateRankingEvaluator:
+    """What ranks the evaluation data."""
+    return CandidateRankingEvaluator(
+        source.ranking_sets(data.eval_set_size, data.max_eval_sets),
+        name=source.split,
         batch_size=training.eval_batch_size,
-        shared_candidates=shared,
-        dataset=data_name(source),
-        split=split,
+        dataset=data_name(source.name),
+        split=source.split,
     )
-    if data.max_eval_examples == 0:
-        return evaluator, None
-    examples = load_examples(source, split, columns, data.dataset_config, data.data_dir, data.max_negatives)
-    return evaluator, sample_examples(examples, data.max_eval_examples, training.seed)
 
 
 def build_trainer(options: Options) -> PaperTrainer:
@@ -144,18 +101,14 @@ def build_trainer(options: Options) -> PaperTrainer:
     _, data, training = options
     set_seed(training.seed)
     # All data before the model: what is wrong with a file is said before minutes have passed.
-    examples = load_examples(
-        data.dataset, data.train_split, data.columns, data.dataset_config, data.data_dir, data.max_negatives
-    )
-    evaluator, eval_examples = load_evaluation(data, training) if data.eval_split is not None else (None, None)
+    train_dataset = data.train_source(training.seed).examples()
+    source = data.eval_source(training.seed)
+    evaluator = None if source is None else make_evaluator(source, data, training)
+    eval_dataset = None if source is None or data.max_eval_examples == 0 else source.examples()
     model = build_model(options.model)
-    describe_run(model.model_card_data, options.model, data)
+    describe_run(model.model_card_data, options.model, data if source else replace(data, eval_split=None))
     return TRAINERS[options.model.architecture](
-        model=model,
-        args=training,
-        train_dataset=sample_examples(examples, data.max_train_examples, training.seed),
-        eval_dataset=eval_examples,
-        evaluator=evaluator,
+        model=model, args=training, train_dataset=train_dataset, eval_dataset=eval_dataset, evaluator=evaluator
     )
 
 
@@ -163,7 +116,7 @@ def run(options: Options) -> Any:
     """Train, save and evaluate; the trainer.
 
     Raises:
-        NonFiniteLossError, Stopped, OSError: as `train_to_end` and the trainer say.
+        NonFiniteLossError, Stopped, DiskFullError: as the trainer and `train_to_end` say.
     """
     trainer: Any = build_trainer(options)
     train_to_end(trainer)
@@ -177,14 +130,7 @@ def run(options: Options) -> Any:
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, save, evaluate, and push where asked to."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    options = parse_options(argv)
-    try:
-        trainer = run(options)
-    except Stopped as stopped:
-        logger.info("%s", stopped)
-        end_processes()
-        sys.exit(STOPPED)
-    conclude(trainer)
+    conclude(run(parse_options(argv)))
 
 
 if __name__ == "__main__":

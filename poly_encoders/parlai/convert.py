@@ -4,7 +4,6 @@ import logging
 import math
 import os
 import tempfile
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -21,7 +20,7 @@ from poly_encoders.parlai.settings import Settings, interpret
 from poly_encoders.parlai.tokenizer import ParlAITokenizer, Vocabulary, build_tokenizer, dictionary_tokens, vocabulary
 from poly_encoders.parlai.weights import Weights, bert_config, bert_weights, take_encoder
 from poly_encoders.poly_encoder import PolyEncoder
-from poly_encoders.poly_module import PolyEncoderModule
+from poly_encoders.poly_encoder_module import PolyEncoderModule
 
 logger = logging.getLogger(__name__)
 
@@ -41,18 +40,22 @@ class Parts(NamedTuple):
     encoders: list[dict[str, Tensor]]  # ParlAI's names without prefixes; in the order of _PREFIXES
     words: Vocabulary
     tokenizer: ParlAITokenizer
+    positions: int
 
-    def config(self, position: int) -> BertConfig:
+    def config(self, number: int) -> BertConfig:
         """One encoder's configuration."""
-        return bert_config(self.encoders[position], self.words, self.settings)
+        return bert_config(self.encoders[number], self.words, self.settings)
 
-    def bert(self, position: int) -> BertModel:
-        """One encoder as a BertModel whose last hidden states carry `output_scaling`."""
-        model = BertModel(self.config(position))
+    def transformer(self, number: int) -> Transformer:
+        """One encoder as sentence-transformers' module; its last hidden states carry `output_scaling`."""
+        model = BertModel(self.config(number))
         # AutoModel builds BERT with its pooler, which nothing here reads: zeros, so that no weight is missing.
         pooler = {name: torch.zeros_like(value) for name, value in model.state_dict().items() if "pooler." in name}
-        load(model, bert_weights(self.encoders[position], self.words, self.settings, scale_output=True) | pooler)
-        return model
+        load(model, bert_weights(self.encoders[number], self.words, self.settings, scale_output=True) | pooler)
+        with tempfile.TemporaryDirectory() as folder:  # the module is made from a folder only
+            model.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+            return Transformer(folder)
 
 
 def convert_parlai_checkpoint(
@@ -76,12 +79,11 @@ def convert_parlai_checkpoint(
     if not str(output_dir):
         raise ValueError("The output folder has an empty name. Give the folder to write the converted model to.")
     parts = take_apart(model_file)
-    build: dict[str, Callable[[Parts], PolyEncoder | BiEncoder | CrossEncoder]] = {
-        "poly": _poly_encoder,
-        "bi": _bi_encoder,
-        "cross": _cross_encoder,
-    }
-    model = build[parts.settings.kind](parts)
+    model: PolyEncoder | BiEncoder | CrossEncoder
+    if parts.settings.kind == "poly":
+        model = _poly_encoder(parts)
+    else:
+        model = _bi_encoder(parts) if parts.settings.kind == "bi" else _cross_encoder(parts)
     parts.weights.check_empty()
     model.eval()
     model.model_card_data.add_tags("parlai")
@@ -100,19 +102,15 @@ def take_apart(model_file: str | os.PathLike[str]) -> Parts:
         raise ValueError(f"The checkpoint's encoders embed {sorted(rows)} tokens; expected the same number in both.")
     words = vocabulary(dictionary_tokens(settings, files.dictionary), files.merges, settings, rows.pop())
     positions = min(len(encoder["position_embeddings.weight"]) for encoder in encoders)
-    _mention_positions(settings, positions)
-    return Parts(settings, weights, encoders, words, build_tokenizer(words, files.merges, settings, positions))
-
-
-def _mention_positions(settings: Settings, positions: int) -> None:
-    context = math.inf if settings.max_context_length is None else settings.max_context_length
-    candidate = math.inf if settings.label_truncate is None else settings.label_truncate
-    if (context + candidate if settings.kind == "cross" else max(context, candidate)) > positions:
+    wanted = [math.inf if limit is None else limit for limit in (settings.text_truncate, settings.label_truncate)]
+    if (sum(wanted) + 2 if settings.kind == "cross" else max(wanted[0] + 2, wanted[1])) > positions:
         logger.warning(
             "The checkpoint has positions for %d tokens, less than its options allow. Longer texts (pairs, for a "
             "Cross-encoder) are cut, where ParlAI would fail.",
             positions,
         )
+    tokenizer = build_tokenizer(words, files.merges, settings, positions)
+    return Parts(settings, weights, encoders, words, tokenizer, positions)
 
 
 def _poly_encoder(parts: Parts) -> PolyEncoder:
@@ -122,14 +120,11 @@ def _poly_encoder(parts: Parts) -> PolyEncoder:
         candidate_encoder=parts.config(1),
         context_vectors=settings.context_vectors,
         num_codes=settings.num_codes,
-        candidate_vector=settings.reduction,
+        reduction=settings.reduction,
         code_attention=settings.code_attention,
         final_attention=settings.final_attention,
         output_scaling=settings.output_scaling,
-        max_context_length=settings.max_context_length,
-        max_candidate_length=settings.label_truncate,
-        turn_separator=settings.turn_separator,
-        max_turns=settings.max_turns,
+        **settings.text_options(parts.positions),
     )
     model = PolyEncoderModel(config)
     state = {
@@ -154,53 +149,27 @@ def _bi_encoder(parts: Parts) -> BiEncoder:
     parts.weights.drop_copy("cand_embeddings.weight", candidate["embeddings.weight"])
     for name, tensor in context.items():
         parts.weights.drop_copy(f"memory_transformer.{name}", tensor)
-    settings = parts.settings
     sides: dict[str, list[Module]] = {}
-    for position, side in enumerate(("query", "document")):
-        encoder = _transformer(parts, position)
-        sides[side] = [encoder, Pooling(encoder.get_embedding_dimension(), settings.pooling)]
-    return BiEncoder(
-        modules=[Router(sides, allow_empty_key=False)],
-        max_context_length=settings.max_context_length,
-        max_candidate_length=settings.label_truncate,
-        turn_separator=settings.turn_separator,
-        max_turns=settings.max_turns,
-        device="cpu",
-    )
+    for number, side in enumerate(("query", "document")):
+        encoder = parts.transformer(number)
+        sides[side] = [encoder, Pooling(encoder.get_embedding_dimension(), parts.settings.pooling)]
+    options = parts.settings.text_options(parts.positions)
+    return BiEncoder(modules=[Router(sides, allow_empty_key=False)], **options, device="cpu")
 
 
 def _cross_encoder(parts: Parts) -> CrossEncoder:
-    settings, encoder = parts.settings, _transformer(parts, 0)
+    encoder = parts.transformer(0)
     width = encoder.get_embedding_dimension()
     # ParlAI's head is one linear layer on the reduced output; the head of BertForSequenceClassification has a tanh.
     head = Dense(width, 1, activation_function=nn.Identity(), module_output_name="scores")
     weight, bias = parts.weights.take("linear_layer.weight", 2), parts.weights.take("linear_layer.bias", 1)
     load(head, {"linear.weight": weight, "linear.bias": bias})
-    return CrossEncoder(
-        modules=[encoder, Pooling(width, settings.pooling), head],
-        # Special tokens are not counted here; of a long candidate, which loses its end token, the first one is left.
-        max_context_length=settings.text_truncate,
-        max_candidate_length=None if settings.label_truncate is None else settings.label_truncate - 1,
-        turn_separator=settings.turn_separator,
-        max_turns=settings.max_turns,
-        device="cpu",
-    )
-
-
-def _transformer(parts: Parts, position: int) -> Transformer:
-    """One encoder as sentence-transformers' module, which is made from a folder only."""
-    with tempfile.TemporaryDirectory() as folder:
-        parts.bert(position).save_pretrained(folder)
-        parts.tokenizer.save_pretrained(folder)
-        return Transformer(folder)
+    modules = [encoder, Pooling(width, parts.settings.pooling), head]
+    return CrossEncoder(modules=modules, **parts.settings.text_options(parts.positions), device="cpu")
 
 
 def load(module: nn.Module, state: dict[str, Tensor]) -> None:
-    """Load a state dict that must fit `module` exactly.
-
-    Raises:
-        ValueError: a tensor is missing, superfluous, or of another shape.
-    """
+    """Load a state dict that must fit `module` exactly; a ValueError names what does not."""
     own = module.state_dict()
     wrong = sorted(own.keys() ^ state.keys()) or [
         f"{name} is {tuple(state[name].shape)}, expected {tuple(tensor.shape)}"

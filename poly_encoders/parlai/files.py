@@ -33,11 +33,7 @@ class ParlAIFiles:
 
 
 def read_files(model_file: str | os.PathLike[str]) -> ParlAIFiles:
-    """Read a checkpoint.
-
-    Args:
-        model_file: The file `model`, or the folder it is in; `model.opt`, `model.dict` and `model.dict.codecs` are
-            beside it.
+    """Read the file `model`, or the one in this folder, and the three beside it.
 
     Raises:
         FileNotFoundError: one of the four is not there.
@@ -49,25 +45,18 @@ def read_files(model_file: str | os.PathLike[str]) -> ParlAIFiles:
     for suffix in (".dict.codecs", ".dict.opt", ".dict", ".opt"):
         if path.name.endswith(suffix):
             raise ValueError(f"{path} belongs to a checkpoint; name its model file, {path.name.removesuffix(suffix)}.")
-    beside = {suffix: path.with_name(path.name + suffix) for suffix in ("", ".opt", ".dict", ".dict.codecs")}
-    if missing := [file.name for file in beside.values() if not file.is_file()]:
-        names = ", ".join(file.name for file in beside.values())
+    files = [path.with_name(path.name + suffix) for suffix in ("", ".opt", ".dict", ".dict.codecs")]
+    if missing := [file.name for file in files if not file.is_file()]:
         raise FileNotFoundError(
-            f"{path.parent} has no {', '.join(missing)}. A ParlAI checkpoint is {names} in one folder: unpack all of "
-            "the download and name its model file."
+            f"{path.parent} has no {', '.join(missing)}. A ParlAI checkpoint is four files in one folder, "
+            f"{', '.join(file.name for file in files)}: unpack all of the download and name its model file."
         )
-    options = read_options(beside[".opt"])
-    return ParlAIFiles(
-        options, read_weights(path), read_dictionary(beside[".dict"]), read_merges(beside[".dict.codecs"])
-    )
+    _, options, dictionary, merges = files
+    return ParlAIFiles(read_options(options), read_weights(path), read_dictionary(dictionary), read_merges(merges))
 
 
 def read_options(path: Path) -> dict[str, Any]:
-    """The options in `model.opt`.
-
-    Raises:
-        ValueError: it is no JSON object; very old versions pickled it.
-    """
+    """The options in `model.opt`, or a ValueError if it is no JSON object; very old versions pickled it."""
     try:
         options = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
@@ -111,29 +100,24 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def read_dictionary(path: Path) -> list[str]:
-    r"""The tokens of `model.dict`: `token<TAB>count` lines, with `\n`, `\t` and `\r` written out.
-
-    Raises:
-        ValueError: there is none.
-    """
+    r"""The tokens of `model.dict`, `token<TAB>count` lines with `\n`, `\t`, `\r` written out; a ValueError if none."""
     content = path.read_bytes()
     text = content.decode(errors="ignore")
     if len(text.encode()) != len(content):
         logger.warning("%s is not all UTF-8 text. As in ParlAI, the bytes that are none are left out.", path)
-    tokens = []
-    for line in io.StringIO(text, newline=None):  # ends lines as an open text file does
-        token = line.strip().split("\t")[0]
-        tokens.append(token.replace("\\n", "\n").replace("\\t", "\t").replace("\\r", "\r"))
+    lines = io.StringIO(text, newline=None)  # ends lines as an open text file does
+    tokens = [line.strip().split("\t")[0] for line in lines]
     if not tokens:
         raise ValueError(f"{path} holds no token. Download it again.")
-    return tokens
+    return [token.replace("\\n", "\n").replace("\\t", "\t").replace("\\r", "\r") for token in tokens]
 
 
 def read_merges(path: Path) -> list[tuple[str, str]]:
     """The merges of `model.dict.codecs`, in subword-nmt's format, each pair at its first rank.
 
     Raises:
-        ValueError: another version of the format, a line that is no pair, or pairs out of order.
+        ValueError: another version of the format, a line that is no pair, or a pair before the one that makes a part of
+            it, which learning never writes, and which subword-nmt and `tokenizers` would merge differently.
     """
     try:
         version, *lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
@@ -152,15 +136,6 @@ def read_merges(path: Path) -> list[tuple[str, str]]:
                 f"Line {number} of {path} is {line[:60]!r}, which is no pair of symbols. Download it again."
             )
         merges.setdefault(pair)
-    _check_order(list(merges), path)
-    return list(merges)
-
-
-def _check_order(merges: list[tuple[str, str]], path: Path) -> None:
-    """Raise a ValueError if a pair comes before the pair that makes a part of it, which learning never does.
-
-    subword-nmt and `tokenizers` would merge such codes differently.
-    """
     first: dict[str, int] = {}
     for rank, (left, right) in enumerate(merges):
         first.setdefault(left + right, rank)
@@ -170,3 +145,4 @@ def _check_order(merges: list[tuple[str, str]], path: Path) -> None:
                 f"{path} merges {' '.join(pair)!r} before it makes {late[0]!r}: its lines are not in the order in "
                 "which they were learnt. Download it again."
             )
+    return list(merges)

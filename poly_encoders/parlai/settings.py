@@ -6,10 +6,13 @@ silence. What is not named here concerns training, data sets, logging or other a
 
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 logger = logging.getLogger(__name__)
+
+PAIR_FRAME = 4  # the start and end tokens of a pair
 
 Kind = Literal["poly", "bi", "cross"]
 
@@ -42,13 +45,18 @@ _OFF: dict[str, str] = {
     "history_add_global_end_token": "no further token is put after the history",
     "special_tok_lst": "the dictionary has no further special tokens",
 }
-_OFF_BI: dict[str, str] = {
-    "share_encoders": "ParlAI then puts an MLP on the candidate encoder, which is no Bi-encoder",
-    "use_memories": "memories have no counterpart",
-    "wrap_memory_encoder": "the MLP around the encoder has no counterpart",
-    "normalize_sent_emb": "ParlAI then normalises over the candidates instead of over the vector",
+_OFF_OF_KIND: dict[Kind, dict[str, str]] = {
+    "poly": {"polyencoder_image_encoder_num_layers": "contexts are text, without images"},
+    "bi": {
+        "share_encoders": "ParlAI then puts an MLP on the candidate encoder, which is no Bi-encoder",
+        "use_memories": "memories have no counterpart",
+        "wrap_memory_encoder": "the MLP around the encoder has no counterpart",
+        "normalize_sent_emb": "ParlAI then normalises over the candidates instead of over the vector",
+    },
+    "cross": {},
 }
-_OFF_POLY: dict[str, str] = {"polyencoder_image_encoder_num_layers": "contexts are text, without images"}
+# What ParlAI takes where one of these is missing.
+_DEFAULTS = {"history_size": -1, "delimiter": "\n", "truncate": 1024, "dropout": 0, "attention_dropout": 0}
 
 
 @dataclass(frozen=True)
@@ -79,14 +87,26 @@ class Settings:
     sizes: dict[str, int]  # what the options say of the tensors' sizes, under ParlAI's names
 
     @property
-    def max_context_length(self) -> int | None:
-        """`text_truncate` with the start and end tokens, which come on top of it."""
-        return None if self.text_truncate is None else self.text_truncate + 2
-
-    @property
     def pooling(self) -> Literal["mean", "cls"]:
         """`reduction` under sentence-transformers' name."""
         return "mean" if self.reduction == "mean" else "cls"
+
+    def text_options(self, positions: int) -> dict[str, Any]:
+        """How the converted model, which has so many positions, cuts texts and joins turns."""
+        context, candidate = self.text_truncate, self.label_truncate
+        if self.kind == "cross":
+            # Special tokens are not counted here; of a long candidate, which loses its end token, the first is left.
+            most = positions - PAIR_FRAME - 1
+            context = most if context is None else min(context, most)
+            candidate = most if candidate is None else min(candidate - 1, most)
+        elif context is not None:
+            context += 2
+        return {
+            "max_context_length": context,
+            "max_candidate_length": candidate,
+            "turn_separator": self.turn_separator,
+            "max_turns": self.max_turns,
+        }
 
 
 class _Reader:
@@ -97,49 +117,42 @@ class _Reader:
         self.problems: list[str] = []
 
     def choice(self, name: str, values: tuple[str, ...], why: str) -> Any:
-        value = self.options.get(name)
-        if value not in values:
-            self._refuse(name, f"{' or '.join(values)} can be converted; {why}")
-        return value
+        return self._read(name, lambda value: value in values, f"{' or '.join(values)} can be converted; {why}", "")
 
     def off(self, name: str, why: str) -> None:
-        if self.options.get(name):
-            self._refuse(name, why)
+        self._read(name, lambda value: not value, why, None)
 
     def flag(self, name: str) -> bool:
-        value = self.options.get(name)
-        if not isinstance(value, bool):
-            self._refuse(name, "true or false is needed")
-        return bool(value)
+        return self._read(name, lambda value: isinstance(value, bool), "true or false is needed", False)
 
     def text(self, name: str) -> str:
-        value = self.options.get(name)
-        if not isinstance(value, str) or not value:
-            self._refuse(name, "a text is needed")
-        return str(value)
+        return self._read(name, lambda value: isinstance(value, str) and value != "", "a text is needed", " ")
 
-    def integer(self, name: str, least: int | None = None, default: int | None = None) -> int:
-        value = self.options.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int) or (least is not None and value < least):
-            self._refuse(name, "a whole number is needed" + ("" if least is None else f", at least {least}"))
-            return 1
-        return value
+    def integer(self, name: str, least: int | None = None) -> int:
+        why = "a whole number is needed" + ("" if least is None else f", at least {least}")
+        return self._read(name, lambda value: type(value) is int and (least is None or value >= least), why, 1)
 
-    def number(self, name: str, default: float | None = None) -> float:
-        value = self.options.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            self._refuse(name, "a finite number is needed")
-            return 1.0
-        return float(value)
+    def number(self, name: str) -> float:
+        def fits(value: Any) -> bool:
+            return type(value) in (int, float) and math.isfinite(value)
+
+        return float(self._read(name, fits, "a finite number is needed", 1.0))
 
     def limit(self, name: str, least: int) -> int | None:
         """A number of ids as ParlAI's agents read it: null or 0 means `truncate`, a negative number no limit."""
         if not self.options.get(name):
             name = "truncate"
-        value = self.integer(name, default=1024)
+        value = self.integer(name)
         if 0 <= value < least:
             self._refuse(name, f"so few ids leave nothing of the text; at least {least} are needed")
         return None if value < 0 else value
+
+    def _read(self, name: str, fits: Callable[[Any], bool], why: str, instead: Any) -> Any:
+        """An option's value, or something in its place where it does not fit, which is refused at the end."""
+        value = self.options.get(name, _DEFAULTS.get(name))
+        if not fits(value):
+            self._refuse(name, why)
+        return value if fits(value) else instead
 
     def _refuse(self, name: str, why: str) -> None:
         came = f"{name}={self.options[name]!r}" if name in self.options else f"{name} is missing"
@@ -156,30 +169,31 @@ def interpret(options: dict[str, Any]) -> Settings:
     kind = _kind(options.get("model"))
     read = _Reader(options)
     chosen = {name: read.choice(name, *allowed) for name, allowed in _CHOICES.items()}
-    for name, why in (_OFF | {"bi": _OFF_BI, "poly": _OFF_POLY, "cross": {}}[kind]).items():
+    for name, why in (_OFF | _OFF_OF_KIND[kind]).items():
         read.off(name, why)
     if options.get("dict_max_ngram_size", -1) not in (-1, 0, 1, None):
         read.off("dict_max_ngram_size", "words are not joined to n-grams")
     if kind == "poly":
         _read_poly(read, chosen)
+    delimiter = read.text("delimiter")
     settings = Settings(
         kind=kind,
         num_heads=read.integer("n_heads", least=1),
         activation=chosen["activation"],
         scale_embeddings=read.flag("embeddings_scale"),
         output_scaling=read.number("output_scaling"),
-        dropout=read.number("dropout", default=0.0),
-        attention_dropout=read.number("attention_dropout", default=0.0),
+        dropout=read.number("dropout"),
+        attention_dropout=read.number("attention_dropout"),
         reduction=chosen["reduction_type"],
         context_vectors="first_m" if chosen.get("polyencoder_type") == "n_first" else "learnt_codes",
         num_codes=read.integer("poly_n_codes", least=1) if kind == "poly" else 1,
         code_attention=chosen.get("codes_attention_type", "basic"),
         final_attention=chosen.get("poly_attention_type", "basic"),
         text_truncate=read.limit("text_truncate", least=1),
-        # Two of a candidate's ids are its start and end tokens.
-        label_truncate=read.limit("label_truncate", least=3),
-        max_turns=max(0, read.integer("history_size", default=-1)) or None,
-        turn_separator=_separator(read.text("delimiter") if "delimiter" in options else "\n"),
+        label_truncate=read.limit("label_truncate", least=3),  # two of these ids are its start and end tokens
+        max_turns=max(0, read.integer("history_size")) or None,
+        # ParlAI tokenizes its delimiter by itself.
+        turn_separator=delimiter if delimiter.isspace() else f" {delimiter} ",
         lower=read.flag("dict_lower"),
         null_token=read.text("dict_nulltoken"),
         start_token=read.text("dict_starttoken"),
@@ -214,19 +228,13 @@ def _read_poly(read: _Reader, chosen: dict[str, Any]) -> None:
 def _kind(model: Any) -> Kind:
     path, _, agent_class = str(model).partition(":")
     *_, family, name = ["", *path.replace(".", "/").split("/")]
-    if family == "transformer" and name in _AGENTS:
-        kind, classes = _AGENTS[name]
-        if agent_class in classes:
-            return kind
+    kind, classes = _AGENTS.get(name, ("poly", set()))
+    if family == "transformer" and agent_class in classes:
+        return kind
     raise ValueError(
         f"The checkpoint is of the agent {model!r}; transformer/polyencoder, transformer/biencoder and "
         "transformer/crossencoder can be converted."
     )
-
-
-def _separator(delimiter: str) -> str:
-    """Text between turns that is split off as ParlAI splits off its delimiter, which it tokenizes by itself."""
-    return delimiter if delimiter.isspace() else f" {delimiter} "
 
 
 def _sizes(read: _Reader, kind: Kind) -> dict[str, int]:
@@ -237,20 +245,14 @@ def _sizes(read: _Reader, kind: Kind) -> dict[str, int]:
         named["n_layers"] = own_layers
     if named.get("n_positions") == 0:  # as null, it leaves the number to other options
         del named["n_positions"]
-    if kind != "bi":
-        named["n_segments"] = 2  # whatever the option says
-    return named
+    return named if kind == "bi" else {**named, "n_segments": 2}  # whatever the option says
 
 
 def _mention_harmless(options: dict[str, Any]) -> None:
     """Warn of what was assumed, and of what changes no score but a user should know."""
-    defaults = {"history_size": -1, "delimiter": "\n", "truncate": 1024, "dropout": 0, "attention_dropout": 0}
-    if assumed := [f"{name}={value!r}" for name, value in defaults.items() if name not in options]:
+    if assumed := [f"{name}={value!r}" for name, value in _DEFAULTS.items() if name not in options]:
         logger.warning("model.opt lacks some options; ParlAI's defaults are assumed: %s.", ", ".join(assumed))
-    if options.get("relu_dropout"):
-        logger.warning(
-            "relu_dropout=%s has no counterpart: scores are the same, further training goes without it.",
-            options["relu_dropout"],
-        )
+    if dropout := options.get("relu_dropout"):
+        logger.warning("relu_dropout=%s has no counterpart: scores are the same, training goes without it.", dropout)
     if options.get("use_reply") == "none":
         logger.warning("use_reply='none': the model was trained without its own replies. Leave them out of contexts.")

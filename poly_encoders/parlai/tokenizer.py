@@ -3,10 +3,9 @@
 The pieces of a word are merged by the `tokenizers` library. Three habits of ParlAI are beyond it:
 
 - Merging passes through pieces that the dictionary lacks, and a word that ends on one gets the unknown token. In a
-  `tokenizers` vocabulary every piece has an id of its own. Such pieces therefore get *aliases*, ids after the
-  dictionary's, which `ParlAITokenizer` turns into the ids that ParlAI gives. A model has a row of embeddings for each
-  alias too, equal to the row it stands for: a plain fast tokenizer of the same files, which is what transformers falls
-  back to where this package is not installed, leads to the same vectors.
+  `tokenizers` vocabulary every piece has an id of its own, so these get *aliases*, ids after the dictionary's, which
+  `ParlAITokenizer` turns into the ids that ParlAI gives. A model embeds an alias as what it stands for: a plain fast
+  tokenizer, which transformers takes where this package is not installed, leads to the same vectors.
 - A text that is too long is cut on the right after the special tokens are there, and so loses its end token.
 - An empty text is read like any other: its special tokens alone.
 """
@@ -20,8 +19,8 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import BatchEncoding, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import TruncationStrategy
-from transformers.utils import PaddingStrategy
 
+from poly_encoders.modeling.text_poly_encoder import Cutting, Frame, Side
 from poly_encoders.parlai.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -37,83 +36,44 @@ _WORD = r"[\p{L}\p{N}_]+|[^\p{L}\p{N}_\s\x1c-\x1f]"
 _CASED, _IGNORABLE = r"[\p{Cased}&&[^\p{Case_Ignorable}]]", r"\p{Case_Ignorable}*"
 _FINAL_SIGMA = rf"{_CASED}{_IGNORABLE}\KΣ(?!{_IGNORABLE}{_CASED})"
 
-_PADDED_TO = 8  # half-precision training pads the dictionary to a multiple of this
+_MOST_PADDING = 7  # half-precision training pads the dictionary to a multiple of 8
 
 _SPECIAL_TOKENS = {"__NULL__", "__START__", "__END__", "__UNK__"}
+
+
+class _ParlAICutting(Cutting):
+    """A text cut on the right has its special tokens counted in, and may lose its end token."""
+
+    def room(self, frame: Frame, limit: int, side: Side) -> int:
+        return limit - len(frame.before) if side == "right" else super().room(frame, limit, side)
+
+    def closing(self, after: list[int], kept: int, room: int, side: Side) -> list[int]:
+        return after[: room - kept] if side == "right" else after
 
 
 class ParlAITokenizer(PreTrainedTokenizerFast):
     """A fast tokenizer that gives ParlAI's ids.
 
     Importing this package registers it with `AutoTokenizer`. Its tokenizer_config.json names the aliases: `num_aliases`
-    ids from `first_alias` on stand for the unknown token, except those that `special_aliases` maps to another id.
+    ids from `first_alias` on stand for the unknown token, except those that `special_aliases` maps to another id. One
+    without aliases was not converted, and is a plain one: AutoTokenizer loads it with this class where a Poly-encoder's
+    folder names none.
     """
 
     _real_ids: np.ndarray | None = None  # what each id of the vocabulary stands for
 
     @property
-    def cuts_as_parlai(self) -> bool:
-        """Whether a text cut on the right has its special tokens counted in, and may lose the last one.
-
-        False for a tokenizer that was not converted: AutoTokenizer loads one with this class where a Poly-encoder's
-        folder names none.
-        """
-        return "num_aliases" in self.init_kwargs
+    def cutting(self) -> Cutting:
+        """How the models of this package cut a text that is too long."""
+        return _ParlAICutting() if "num_aliases" in self.init_kwargs else Cutting()
 
     def _encode_plus(self, text: Any, text_pair: Any = None, **options: Any) -> BatchEncoding:
-        if not self.cuts_as_parlai:
+        if "num_aliases" not in self.init_kwargs:
             return super()._encode_plus(text, text_pair, **options)
         text, text_pair = _readable(text), _readable(text_pair)
-        if not self._cuts_on_the_right(text, text_pair, options):
-            return self._without_aliases(super()._encode_plus(text, text_pair, **options))
-        limit = options["max_length"]
-        changed = {
-            **options,
-            "max_length": limit + self.num_special_tokens_to_add(),  # so much that no token up to `limit` is missing
-            "padding_strategy": PaddingStrategy.DO_NOT_PAD,
-            "return_tensors": None,
-        }
-        encoded = self._without_aliases(super()._encode_plus(text, text_pair, **changed))
-        measured = encoded.pop("length", None) is not None
-        if isinstance(encoded["input_ids"][0], int):
-            rows: dict[str, Any] = {name: value[:limit] for name, value in encoded.items()}
-            lengths = [len(rows["input_ids"])]
-        else:
-            rows = {name: [row[:limit] for row in value] for name, value in encoded.items()}
-            lengths = [len(row) for row in rows["input_ids"]]
-        if measured:
-            rows["length"] = lengths
-        return self.pad(
-            BatchEncoding(rows),
-            padding=options.get("padding_strategy", PaddingStrategy.DO_NOT_PAD),
-            max_length=limit,
-            pad_to_multiple_of=options.get("pad_to_multiple_of"),
-            padding_side=options.get("padding_side"),
-            return_attention_mask=options.get("return_attention_mask"),
-            return_tensors=options.get("return_tensors"),
-            verbose=False,
-        )
-
-    def _cuts_on_the_right(self, text: Any, text_pair: Any, options: dict[str, Any]) -> bool:
-        pairs = text_pair is not None or (not isinstance(text, str) and any(isinstance(item, tuple) for item in text))
-        return (
-            not pairs
-            and self.truncation_side == "right"
-            and options.get("add_special_tokens", True)
-            and options.get("truncation_strategy", TruncationStrategy.DO_NOT_TRUNCATE)
-            != TruncationStrategy.DO_NOT_TRUNCATE
-            and options.get("max_length") is not None
-            and not options.get("return_overflowing_tokens", False)
-        )
-
-    def train_new_from_iterator(self, *args: Any, **kwargs: Any) -> Any:
-        """As upstream's. The new tokenizer has a vocabulary of its own, without aliases, and is a plain one."""
-        tokenizer = super().train_new_from_iterator(*args, **kwargs)
-        for name in ("first_alias", "num_aliases", "special_aliases"):
-            tokenizer.init_kwargs.pop(name, None)
-        return tokenizer
-
-    def _without_aliases(self, encoded: BatchEncoding) -> BatchEncoding:
+        if self._cuts_on_the_right(text, text_pair, options):
+            return self._cut_on_the_right(text, **options)
+        encoded = super()._encode_plus(text, text_pair, **options)
         if self._real_ids is None or len(self._real_ids) < len(self):  # tokens may have been added since
             first, number = self.init_kwargs["first_alias"], self.init_kwargs["num_aliases"]
             real = np.arange(max(len(self), first + number))
@@ -123,6 +83,42 @@ class ParlAITokenizer(PreTrainedTokenizerFast):
             self._real_ids = real
         encoded["input_ids"] = _looked_up(encoded["input_ids"], self._real_ids)
         return encoded
+
+    def _cuts_on_the_right(self, text: Any, text_pair: Any, options: dict[str, Any]) -> bool:
+        pairs = text_pair is not None or (not isinstance(text, str) and any(isinstance(item, tuple) for item in text))
+        no_cut = TruncationStrategy.DO_NOT_TRUNCATE
+        return (
+            not pairs
+            and self.truncation_side == "right"
+            and options.get("add_special_tokens", True)
+            and options.get("truncation_strategy", no_cut) != no_cut
+            and options.get("max_length") is not None
+            and not options.get("return_overflowing_tokens", False)
+        )
+
+    def _cut_on_the_right(
+        self, text: Any, *, max_length: int, truncation_strategy: TruncationStrategy, **options: Any
+    ) -> BatchEncoding:
+        """Encoded whole, then cut, then padded."""
+        padding = {name: options.pop(name, None) for name in ("pad_to_multiple_of", "padding_side", "return_tensors")}
+        padding["padding"] = options.pop("padding_strategy", False)
+        single = isinstance(text, str) or (options.get("is_split_into_words") and isinstance(text[0], str))
+        rows = self._encode_plus([text] if single else text, **{**options, "verbose": False})
+        cut = {name: [row[:max_length] for row in rows[name]] for name in rows if name != "length"}
+        if "length" in rows:
+            cut["length"] = [min(length, max_length) for length in rows["length"]]
+        mask = options.get("return_attention_mask")
+        padded = self.pad(cut, max_length=max_length, return_attention_mask=mask, verbose=False, **padding)
+        if not single or padding["return_tensors"] is not None:
+            return padded
+        return BatchEncoding({name: row[0] if isinstance(row[0], list) else row for name, row in padded.items()})
+
+    def train_new_from_iterator(self, *args: Any, **kwargs: Any) -> Any:
+        """As upstream's. The new tokenizer has a vocabulary of its own, without aliases, and is a plain one."""
+        tokenizer = super().train_new_from_iterator(*args, **kwargs)
+        for name in ("first_alias", "num_aliases", "special_aliases"):
+            tokenizer.init_kwargs.pop(name, None)
+        return tokenizer
 
 
 def _readable(text: Any) -> Any:
@@ -160,9 +156,7 @@ def dictionary_tokens(settings: Settings, lines: list[str]) -> list[str]:
 
 
 def vocabulary(tokens: list[str], merges: list[tuple[str, str]], settings: Settings, num_rows: int) -> Vocabulary:
-    """The vocabulary for `num_rows` embeddings.
-
-    Rows beyond the dictionary are the padding tokens that half-precision training appends; no text leads to them.
+    """The vocabulary for `num_rows` embeddings; those beyond the dictionary are padding, to which no text leads.
 
     Raises:
         ValueError: the dictionary has more tokens than there are rows, or a piece that reads like a special token.
@@ -182,37 +176,29 @@ def vocabulary(tokens: list[str], merges: list[tuple[str, str]], settings: Setti
         raise ValueError(f"Two tokens of the dictionary read {twice!r}, so they cannot be told apart.")
     real = {_piece(token): position for position, token in enumerate(tokens)}  # as merging writes special tokens too
     targets = []
-    for symbol in dict.fromkeys(chain(chain.from_iterable(merges), (left + right for left, right in merges))):
-        if symbol not in real:
-            targets.append(ids[settings.unk_token])
-        elif symbol not in ids:
-            targets.append(real[symbol])
-        else:
-            continue
-        if symbol in ids:
+    for symbol in dict.fromkeys(chain(chain.from_iterable(merges), map("".join, merges))):
+        if symbol in ids and symbol not in real:
             raise ValueError(f"The merges lead to {symbol!r} within a word, which reads like a special token.")
-        ids[symbol] = len(ids)
+        if symbol not in ids:
+            ids[symbol] = len(ids)
+            targets.append(real.get(symbol, ids[settings.unk_token]))
     return Vocabulary(ids, num_rows, targets)
 
 
 def _mention_gaps(tokens: list[str], merges: list[tuple[str, str]], surplus: int) -> None:
     """Warn where model.dict, model.dict.codecs and the weights look as if lines were missing."""
-    if surplus >= _PADDED_TO:
+    if surplus > _MOST_PADDING:
         logger.warning(
             "The model embeds %d more tokens than model.dict has. They are taken for padding, of which half-precision "
             "training adds at most %d: is the file complete?",
             surplus,
-            _PADDED_TO - 1,
+            _MOST_PADDING,
         )
-    made = {left + right for left, right in merges}
+    made = set(map("".join, merges))
     pieces = [_piece(token) for token in tokens if not token.lower().startswith("__fp16_pad_")]
-    unreachable = [piece for piece in pieces if len(piece.removesuffix(END_OF_WORD)) > 1 and piece not in made]
-    if unreachable:
-        logger.warning(
-            "No text leads to %d tokens of model.dict, such as %s: is model.dict.codecs complete?",
-            len(unreachable),
-            ", ".join(map(repr, unreachable[:3])),
-        )
+    if lost := [piece for piece in pieces if len(piece.removesuffix(END_OF_WORD)) > 1 and piece not in made]:
+        some = f"{len(lost)} tokens of model.dict, such as {', '.join(map(repr, lost[:3]))}"
+        logger.warning("No text leads to %s: is model.dict.codecs complete?", some)
 
 
 def _piece(token: str) -> str:

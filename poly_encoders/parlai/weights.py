@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import BertConfig
 
-from poly_encoders.parlai.settings import Settings
+from poly_encoders.parlai.settings import PAIR_FRAME, Settings
 from poly_encoders.parlai.tokenizer import Vocabulary
 
 # ParlAI's name -> transformers', within the embeddings and within a layer.
@@ -41,11 +41,7 @@ class Weights:
         self._left = dict(weights)
 
     def take(self, name: str, dimensions: int) -> Tensor:
-        """Remove and return a tensor of so many dimensions, in float32.
-
-        Raises:
-            ValueError: it is not there, is not of this kind, or holds NaN or infinity.
-        """
+        """Remove and return a tensor of so many dimensions, in float32; a ValueError where it is none or not finite."""
         if name not in self._left:
             raise ValueError(f"The checkpoint has no weight {name!r}. Its model and model.opt do not belong together.")
         tensor = self._left.pop(name)
@@ -57,17 +53,11 @@ class Weights:
             )
         tensor = tensor.to(torch.float32)
         if not bool(tensor.isfinite().all()):
-            raise ValueError(
-                f"The checkpoint's weight {name!r} holds NaN or infinity. Take a checkpoint from before that."
-            )
+            raise ValueError(f"The checkpoint's weight {name!r} holds NaN or infinity. Take one from before that.")
         return tensor
 
     def drop_copy(self, name: str, original: Tensor) -> None:
-        """Remove a tensor that ParlAI saves under a second name, if it is there.
-
-        Raises:
-            ValueError: it differs from `original`.
-        """
+        """Remove a tensor that ParlAI saves under a second name, if it is there; a ValueError where it is another."""
         copy = self._left.pop(name, original)
         if copy.shape != original.shape or not torch.equal(copy.to(torch.float32), original):
             raise ValueError(
@@ -90,13 +80,9 @@ class Weights:
 
 
 def take_encoder(weights: Weights, prefix: str) -> dict[str, Tensor]:
-    """Take one encoder's tensors, under ParlAI's names without the prefix.
-
-    Raises:
-        ValueError: one of them is missing, or has another number of dimensions.
-    """
-    found = [re.match(rf"{prefix}\.layers\.(\d+)\.", name) for name in weights.names(f"{prefix}.layers.")]
-    num_layers = 1 + max((int(match[1]) for match in found if match), default=-1)
+    """Take one encoder's tensors, under ParlAI's names without the prefix; a ValueError where one is missing."""
+    numbers = re.findall(rf"^{prefix}\.layers\.(\d+)\.", "\n".join(weights.names(prefix)), re.MULTILINE)
+    num_layers = 1 + max(map(int, numbers), default=-1)
     if num_layers == 0:
         raise ValueError(f"The checkpoint's encoder {prefix!r} has no layers. It does not belong to its model.opt.")
     shapes = dict.fromkeys(_EMBEDDINGS, 2) | {"norm_embeddings.weight": 1, "norm_embeddings.bias": 1}
@@ -110,11 +96,7 @@ def take_encoder(weights: Weights, prefix: str) -> dict[str, Tensor]:
 
 
 def bert_config(encoder: dict[str, Tensor], words: Vocabulary, settings: Settings) -> BertConfig:
-    """The configuration of one encoder, as `take_encoder` gave it; its sizes are those of its tensors.
-
-    Raises:
-        ValueError: they are not those that the options name.
-    """
+    """One encoder's configuration, of the sizes of its tensors; a ValueError where the options name others."""
     segments = encoder.get("segment_embeddings.weight")
     sizes = {
         "embedding_size": encoder["embeddings.weight"].shape[1],
@@ -134,7 +116,7 @@ def bert_config(encoder: dict[str, Tensor], words: Vocabulary, settings: Setting
             f"The checkpoint is {sizes['embedding_size']} wide, which does not divide into "
             f"n_heads={settings.num_heads}. Its model and model.opt do not belong together."
         )
-    if sizes["n_positions"] < (least := 6 if settings.kind == "cross" else 3):
+    if sizes["n_positions"] < (least := PAIR_FRAME + 2 if settings.kind == "cross" else 3):
         raise ValueError(
             f"The checkpoint has positions for {sizes['n_positions']} tokens; with the start and end tokens, a text (a "
             f"pair, for a Cross-encoder) needs at least {least}. Its model and model.opt do not belong together."
@@ -158,33 +140,25 @@ def bert_config(encoder: dict[str, Tensor], words: Vocabulary, settings: Setting
 def bert_weights(
     encoder: dict[str, Tensor], words: Vocabulary, settings: Settings, *, scale_output: bool = False
 ) -> dict[str, Tensor]:
-    """One encoder's state dict for a `BertModel`, all but its pooler's.
+    """One encoder's state dict for a `BertModel`, all but its pooler's; an alias has a copy of the row it stands for.
 
-    Args:
-        encoder: What `take_encoder` gave.
-        words: The vocabulary; every alias gets a copy of the row it stands for.
-        settings: The checkpoint's.
-        scale_output: Multiply `output_scaling` into the last LayerNorm, for models that have no such factor.
+    With `scale_output`, `output_scaling` goes into the last LayerNorm, for models that have no such factor.
     """
-    width = encoder["embeddings.weight"].shape[1]
-    embeddings = {f"embeddings.{theirs}": encoder[ours] for ours, theirs in _EMBEDDINGS.items()}
-    rows = embeddings["embeddings.word_embeddings.weight"]
-    if settings.scale_embeddings:
-        rows = rows * math.sqrt(width)
-    embeddings["embeddings.word_embeddings.weight"] = torch.cat([rows, rows[words.alias_targets]])
+    rows = encoder["embeddings.weight"]
+    state = {f"embeddings.{theirs}": encoder[ours] for ours, theirs in _EMBEDDINGS.items()}
     # BERT always adds a segment; ParlAI as well, its first, wherever it has any.
-    embeddings["embeddings.token_type_embeddings.weight"] = encoder.get(
-        "segment_embeddings.weight", torch.zeros(1, width)
-    )
-    layers: dict[str, Tensor] = {}
+    none = torch.zeros(1, rows.shape[1])
+    state["embeddings.token_type_embeddings.weight"] = encoder.get("segment_embeddings.weight", none)
+    if settings.scale_embeddings:
+        rows = rows * math.sqrt(rows.shape[1])
+    state["embeddings.word_embeddings.weight"] = torch.cat([rows, rows[words.alias_targets]])
     for name, tensor in encoder.items():
         if name.startswith("layers."):
             _, number, part = name.split(".", 2)
             part, kind = part.rsplit(".", 1)
-            layers[f"encoder.layer.{number}.{_LAYER[part]}.{kind}"] = tensor
+            state[f"encoder.layer.{number}.{_LAYER[part]}.{kind}"] = tensor
     if scale_output:
-        last = sum(name.endswith("norm2.weight") for name in encoder) - 1
-        for kind in ("weight", "bias"):
-            name = f"encoder.layer.{last}.output.LayerNorm.{kind}"
-            layers[name] = layers[name] * settings.output_scaling
-    return embeddings | layers
+        last = f"encoder.layer.{sum(name.endswith('norm2.weight') for name in encoder) - 1}.output.LayerNorm"
+        for name in (f"{last}.weight", f"{last}.bias"):
+            state[name] = state[name] * settings.output_scaling
+    return state

@@ -3,11 +3,8 @@ r"""How far a score computed in low precision can be from the true one.
 Let d_i = x . y_i be the dots of a candidate x with the m context vectors y_i of one context, and hats mark what was
 rounded. The score is f(d) = sum_i w_i d_i with w = softmax(scale * d).
 
-**The dots.** With d^_i the computed product of the rounded vectors,
-
-    d_i - d^_i = (x - x^) . y_i + x^ . (y_i - y^_i) + (x^ . y^_i - d^_i)
-
-and by Cauchy-Schwarz each part is at most a product of lengths:
+**The dots.** With d^_i the computed product of the rounded vectors, d_i - d^_i = (x - x^) . y_i + x^ . (y_i - y^_i) +
+(x^ . y^_i - d^_i), and by Cauchy-Schwarz each part is at most a product of lengths:
 
     |d_i - d^_i| <= |x - x^| |y_i| + |x^| |y_i - y^_i| + gamma |x^| |y^_i| + tau  =: e
 
@@ -18,21 +15,18 @@ the rounding of float64 inputs to float32, of the softmax in float32, of thresho
 true score to float32. tau is what flushing subnormal numbers to zero can lose. Where the products are handed over in
 bfloat16, their own rounding to nearest adds at most 2^-8 |d^_i|.
 
-**The score.** It lies between the dots: f(d) <= max_i d_i, so no candidate with max_i d^_i + e below a threshold can
-reach it. And it is Lipschitz in them: d f / d d_i = w_i (1 + scale (d_i - f)), so |f(d) - f(d^)| <= L(m) max_i |e_i|
-with L(m) = max_d sum_i w_i |1 + scale (d_i - f)|, the same for every scale. Those derivatives sum to 1, so that
-L = 1 + 2 max(-sum of the negative ones). With scale (d_i - f) = log w_i + H, H the entropy of w, and the negative ones
-holding the weight P in all, their sum is largest when they are all but one and equal, which leaves one number to
-choose:
+**The score** lies between the dots: f(d) <= max_i d_i, so no candidate with max_i d^_i + e below a threshold can reach
+it. And it is Lipschitz in them: d f / d d_i = w_i (1 + scale (d_i - f)), so |f(d) - f(d^)| <= L(m) max_i |e_i| with
+L(m) = max_d sum_i w_i |1 + scale (d_i - f)|, the same for every scale. Those derivatives sum to 1, so that L = 1 + 2
+max(-sum of the negative ones). With scale (d_i - f) = log w_i + H, H the entropy of w, and the negative ones holding
+the weight P in all, their sum is largest when they are all but one and equal, which leaves one number to choose:
 
-    L(m) = 1 + 2 max_P [ P (1 - P) log((m - 1) (1 - P) / P) - P ]
-
-1 for m = 1; 1.93, 2.50 and 3.26 for m = 16, 64, 360.
+    L(m) = 1 + 2 max_P [ P (1 - P) log((m - 1) (1 - P) / P) - P ]        1 for m = 1; 1.93, 2.50, 3.26 for 16, 64, 360
 """
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,45 +36,35 @@ BFLOAT16_STEP = 2.0**-8  # the largest relative error of rounding to bfloat16, t
 SUBNORMAL = 2.0**-125  # twice the largest number that hardware may take for zero
 
 
-class DotError(NamedTuple):
-    """|d - d^| <= (residual + share * norm) * length + constant, in `(g,)` float32 parts, one for each context."""
+class DotError:
+    """|d - d^| <= (residual + share * norm) * length + constant, with `(g,)` float32 parts, one for each context.
 
-    length: Tensor  # of the longest context vector
-    share: Tensor
-    constant: Tensor
+    Made of `(g, m, dim)` contexts and what they were rounded to for the product, perhaps themselves. Without
+    `full_float32` the product may round its inputs again, to TF32 or bfloat16.
+    """
+
+    def __init__(self, context: Tensor, rounded: Tensor, full_float32: bool) -> None:
+        dim, m = context.shape[-1], context.shape[-2]
+        length = upper_norms(context).amax(dim=-1)  # of the longest context vector
+        taken = torch.zeros_like(length)
+        if rounded is not context:
+            taken = upper_norms(context - rounded.to(context.dtype)).amax(dim=-1)
+        gamma = (dim + m + 32) * 2.0**-22 + (0 if full_float32 else 2 * BFLOAT16_STEP)
+        swell = 1 + 2 * BFLOAT16_STEP  # a rounded vector may be longer than the vector was
+        share = swell * (taken / length + gamma * swell) + SUBNORMAL * math.sqrt(dim) / length
+        constant = SUBNORMAL * (dim + math.sqrt(dim) * length)
+        # Rounding must not lower them.
+        self.length, self.share, self.constant = ((1 + 2.0**-18) * part for part in (length, share, constant))
 
     def of(self, norms: Tensor, residuals: Tensor | None = None, which: Any = slice(None)) -> Tensor:
         """Bounds for candidates of these norms and residuals in the contexts that `which` picks; the three broadcast.
 
-        Without residuals for candidates that were not rounded to bfloat16; what rounding float64 to float32 takes away
-        gamma has room for. Infinite or NaN where the product of two lengths overflows, as then a dot may have.
+        No residuals where candidates were not rounded to bfloat16: for float64 to float32 gamma has room. Infinite or
+        NaN where the product of two lengths overflows, as then a dot may have.
         """
         length = self.length[which]
         error = norms * (2 * length) * (self.share[which] / 2) + self.constant[which]
         return error if residuals is None else error + residuals * length
-
-
-def dot_error(context: Tensor, rounded: Tensor, *, full_float32: bool = True) -> DotError:
-    """The bound's parts for `(g, m, dim)` contexts, as they are and as they were rounded for the product.
-
-    Args:
-        context: Any floating dtype.
-        rounded: Its rounded form, or itself if nothing was.
-        full_float32: False where the product may round its inputs again, to TF32 or bfloat16.
-    """
-    dim, m = context.shape[-1], context.shape[-2]
-    length = upper_norms(context).amax(dim=-1)
-    taken = torch.zeros_like(length)
-    if rounded is not context:
-        taken = upper_norms(context - rounded.to(context.dtype)).amax(dim=-1)
-    gamma = (dim + m + 32) * 2.0**-22
-    if not full_float32:
-        gamma += 2 * BFLOAT16_STEP
-    swell = 1 + 2 * BFLOAT16_STEP  # a rounded vector may be longer than the vector was
-    share = swell * (taken / length + gamma * swell) + SUBNORMAL * math.sqrt(dim) / length
-    constant = SUBNORMAL * (dim + math.sqrt(dim) * length)
-    # Rounding must not lower them.
-    return DotError(*((1 + 2.0**-18) * part for part in (length, share, constant)))
 
 
 def upper_norms(vectors: Tensor) -> Tensor:

@@ -33,22 +33,13 @@ class PreparedCandidates:
     def __len__(self) -> int:
         return len(self.low)
 
-    @property
-    def dim(self) -> int:
-        return self.low.shape[1]
-
-    @property
-    def device(self) -> torch.device:
-        return self.low.device
-
 
 def prepare(
     candidates: Tensor | np.ndarray, *, device: torch.device | str | None = None, show_progress_bar: bool = False
 ) -> PreparedCandidates:
     """Round candidate vectors to bfloat16 once, and note how much that changed, for any number of `top_k` calls.
 
-    Takes half the memory of float32 vectors again. The vectors themselves are neither copied nor changed, so a
-    memory-mapped array stays on disk.
+    Takes half the memory of float32 vectors again. These are neither copied nor changed: a memory map stays on disk.
 
     Args:
         candidates: `(n, dim)` tensor, numpy array or memory-mapped array of floating-point numbers.
@@ -60,32 +51,88 @@ def prepare(
         TypeError: not vectors of floating-point numbers.
         ValueError: another shape, or NaN or infinity in them.
     """
-    reader = CandidateReader(candidates, device)
+    reader = CandidateReader(getattr(candidates, "vectors", candidates), device)  # what is prepared, anew
     with tqdm(total=len(reader), desc="Preparing", unit="candidate", disable=not show_progress_bar) as bar:
-        return PreparedCandidates(candidates, *rounded(reader, 0, len(reader), bar))
+        return PreparedCandidates(reader.held, *reader.rounded(0, len(reader), bar))
 
 
-def rounded(reader: "CandidateReader", start: int, stop: int, bar: tqdm | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """`(r, dim)` vectors in bfloat16, and upper bounds of the lengths of the vectors and of what rounding took away.
+class CandidateReader:
+    """Pieces of candidate vectors as tensors on one device, whatever holds them.
 
-    Raises:
-        ValueError: one of them is not finite.
+    Args and errors as for `prepare`. What was prepared will do as well, if it is still of as many candidates.
     """
-    keep = isinstance(reader.held, Tensor) and reader.held.dtype == torch.bfloat16  # nothing to round, nothing to copy
-    shape = (stop - start, reader.dim)
-    low = reader.rows(start, stop) if keep else torch.empty(shape, dtype=torch.bfloat16, device=reader.device)
-    norms = torch.empty(stop - start, dtype=torch.float32, device=reader.device)
-    residuals = torch.zeros_like(norms)
-    for first, rows in reader.blocks(start, stop):
-        here = slice(first - start, first - start + len(rows))
-        norms[here] = vector_norms(rows, first)
-        if not keep:
-            low[here] = rows
-            exact = rows if rows.dtype == torch.float64 else rows.float()
-            residuals[here] = upper_norms(exact - low[here].to(exact.dtype))
-        if bar is not None:
-            bar.update(len(rows))
-    return low, norms, residuals
+
+    def __init__(
+        self, candidates: PreparedCandidates | Tensor | np.ndarray, device: torch.device | str | None = None
+    ) -> None:
+        self.prepared = candidates if isinstance(candidates, PreparedCandidates) else None
+        if self.prepared is not None:
+            candidates, device = self.prepared.vectors, self.prepared.low.device
+        if not isinstance(candidates, Tensor | np.ndarray) or isinstance(candidates, np.ma.MaskedArray):
+            raise TypeError(
+                f"Candidates are a {type(candidates).__name__}; expected a tensor or a numpy array (n, dim), as "
+                "encode_document gives it. Stack a list of vectors first."
+            )
+        if isinstance(candidates, Tensor) and candidates.layout != torch.strided:
+            raise TypeError(f"Candidates are a {candidates.layout} tensor; make it dense with .to_dense() first.")
+        if not is_float(candidates):
+            raise TypeError(
+                f"These candidate vectors are {candidates.dtype}; expected float16, bfloat16, float32 or float64. "
+                "Quantised codes have no dot products: encode with precision='float32'."
+            )
+        if candidates.ndim != 2:
+            raise ValueError(f"Candidate vectors have shape {tuple(candidates.shape)}; expected (n, dim).")
+        if self.prepared is not None and len(self.prepared) != len(candidates):
+            counts = f"{len(self.prepared)} candidates were prepared, but there are {len(candidates)} now"
+            raise ValueError(f"{counts}: prepare them again.")
+        self.held = candidates.detach() if isinstance(candidates, Tensor) else candidates
+        own = candidates.device if isinstance(candidates, Tensor) else torch.device("cpu")
+        self.device = own if device is None else torch.device(device)
+        self.dim = candidates.shape[1]
+
+    def __len__(self) -> int:
+        return len(self.held)
+
+    def take(self, where: slice | Tensor) -> Tensor:
+        """The vectors of a slice, or at `(s,)` positions, in the dtype that holds them."""
+        if isinstance(self.held, Tensor):
+            return self.held[where.to(self.held.device) if isinstance(where, Tensor) else where].to(self.device)
+        piece = self.held[where.cpu().numpy() if isinstance(where, Tensor) else where]
+        # torch would warn of read-only memory, and has no negative or uneven strides and no foreign byte order.
+        if not (piece.flags.writeable and piece.flags.c_contiguous and piece.dtype.isnative):
+            piece = np.array(piece, dtype=piece.dtype.newbyteorder("="), order="C", subok=False)
+        return torch.from_numpy(piece).to(self.device)
+
+    def blocks(self, start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
+        """The vectors from start to stop in blocks that fit the CPU's cache, each with the index of its first."""
+        step = ROWS_AT_ONCE if self.device.type == "cpu" else GPU_ROWS_AT_ONCE
+        for first in range(start, stop, step):
+            yield first, self.take(slice(first, min(first + step, stop)))
+
+    def rounded(self, start: int, stop: int, bar: tqdm | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """`(r, dim)` in bfloat16, and upper bounds of the lengths of the vectors and of what rounding took from them.
+
+        Raises:
+            ValueError: one of them is not finite.
+        """
+        if self.prepared is not None:
+            here = slice(start, stop)
+            return self.prepared.low[here], self.prepared.norms[here], self.prepared.residuals[here]
+        low = torch.empty((stop - start, self.dim), dtype=torch.bfloat16, device=self.device)
+        if is_low := isinstance(self.held, Tensor) and self.held.dtype == torch.bfloat16:
+            low = self.take(slice(start, stop))  # nothing to round, nothing to copy
+        norms = torch.empty(stop - start, dtype=torch.float32, device=self.device)
+        residuals = torch.zeros_like(norms)
+        for first, rows in self.blocks(start, stop):
+            here = slice(first - start, first - start + len(rows))
+            norms[here] = vector_norms(rows, first)
+            if not is_low:
+                low[here] = rows
+                exact = rows if rows.dtype == torch.float64 else rows.float()
+                residuals[here] = upper_norms(exact - low[here].to(exact.dtype))
+            if bar is not None:
+                bar.update(len(rows))
+        return low, norms, residuals
 
 
 def vector_norms(rows: Tensor, first: int) -> Tensor:
@@ -105,63 +152,13 @@ def vector_norms(rows: Tensor, first: int) -> Tensor:
     return norms
 
 
-class CandidateReader:
-    """Pieces of candidate vectors as tensors on one device, whatever holds them.
-
-    Args:
-        candidates: `(n, dim)` tensor, numpy array or memory-mapped array of floating-point numbers.
-        device: Where the pieces go: a tensor's own by default, the CPU for an array.
-
-    Raises:
-        TypeError, ValueError: as `prepare`.
-    """
-
-    def __init__(self, candidates: Tensor | np.ndarray, device: torch.device | str | None = None) -> None:
-        if not isinstance(candidates, Tensor | np.ndarray) or isinstance(candidates, np.ma.MaskedArray):
-            raise TypeError(
-                f"Candidates are a {type(candidates).__name__}; expected a tensor or a numpy array (n, dim), as "
-                "encode_document gives it. Stack a list of vectors first."
-            )
-        if isinstance(candidates, Tensor) and candidates.layout != torch.strided:
-            raise TypeError(f"Candidates are a {candidates.layout} tensor; make it dense with .to_dense() first.")
-        if not is_float(candidates):
-            raise TypeError(
-                f"These candidate vectors are {candidates.dtype}; expected float16, bfloat16, float32 or float64. "
-                "Quantised codes have no dot products: encode with precision='float32'."
-            )
-        if candidates.ndim != 2:
-            raise ValueError(f"Candidate vectors have shape {tuple(candidates.shape)}; expected (n, dim).")
-        self.held = candidates.detach() if isinstance(candidates, Tensor) else candidates
-        own = candidates.device if isinstance(candidates, Tensor) else torch.device("cpu")
-        self.device = own if device is None else torch.device(device)
-        self.dim = candidates.shape[1]
-
-    def __len__(self) -> int:
-        return len(self.held)
-
-    def rows(self, start: int, stop: int) -> Tensor:
-        """`(stop - start, dim)`, in the dtype that holds them."""
-        return self._tensor(self.held[start:stop])
-
-    def blocks(self, start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
-        """The vectors from start to stop in blocks that fit the CPU's cache, each with the index of its first."""
-        step = ROWS_AT_ONCE if self.device.type == "cpu" else GPU_ROWS_AT_ONCE
-        for first in range(start, stop, step):
-            yield first, self.rows(first, min(first + step, stop))
-
-    def gather(self, index: Tensor) -> Tensor:
-        """The vectors at `(s,)` positions, `(s, dim)`."""
-        if isinstance(self.held, Tensor):
-            return self._tensor(self.held[index.to(self.held.device)])
-        return self._tensor(self.held[index.cpu().numpy()])
-
-    def _tensor(self, piece: Tensor | np.ndarray) -> Tensor:
-        if isinstance(piece, np.ndarray):
-            # torch would warn of read-only memory, and has no negative or uneven strides and no foreign byte order.
-            if not (piece.flags.writeable and piece.flags.c_contiguous and piece.dtype.isnative):
-                piece = np.array(piece, dtype=piece.dtype.newbyteorder("="), order="C", subok=False)
-            piece = torch.from_numpy(piece)
-        return piece.to(self.device)
+def check_devices(context: Tensor, candidates: "Tensor | CandidateReader") -> None:
+    """Raise a ValueError if contexts and candidates are apart."""
+    if context.device != candidates.device:
+        raise ValueError(
+            f"Context vectors are on {context.device}, candidate vectors on {candidates.device}. "
+            "Move one of them with .to(device) first."
+        )
 
 
 def is_float(array: Tensor | np.ndarray) -> bool:

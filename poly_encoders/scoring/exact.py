@@ -23,7 +23,7 @@ class Slices:
 
     def __init__(self, vectors: Tensor) -> None:
         bits = (53 - math.ceil(math.log2(max(2, vectors.shape[-1]))) - 1) // 2
-        rest = float64(vectors)
+        rest = vectors.cpu().double() if vectors.device.type == "mps" else vectors.double()  # mps has no float64
         largest = rest.abs().amax(dim=-1, keepdim=True)
         # The power of two above it, without rounding, so that scaling by it is exact; 1 for a vector of zeros.
         step = torch.where(largest > 0, largest / torch.frexp(largest).mantissa, 1.0)
@@ -35,14 +35,9 @@ class Slices:
 
 
 def exact_scores(context: Slices, candidates: Slices, padding: Tensor | None, scale: float) -> Tensor:
-    """Scores of candidates for contexts, `(..., s)` float32, rounded once, at the end.
+    """Scores of `(..., s, dim)` candidates for `(..., m, dim)` contexts: `(..., s)` float32, rounded once, at the end.
 
-    Args:
-        context: Slices of `(..., m, dim)` context vectors.
-        candidates: Slices of `(..., s, dim)`.
-        padding: `(..., m)`, true where a context vector takes no part, which must come after those that do; `None`
-            where all do.
-        scale: Factor on the dots inside the softmax.
+    `padding`, `(..., m)`, is true where a context vector takes no part, which must come after those that do.
     """
     # All slices with all in one product, and their sums from the smallest up, in an order of our own.
     s, m = candidates.parts[0].shape[-2], context.parts[0].shape[-2]
@@ -65,16 +60,3 @@ def ordered_sum(terms: Tensor) -> Tensor:
             terms = torch.nn.functional.pad(terms, (0, 1))
         terms = terms[..., 0::2] + terms[..., 1::2]
     return terms[..., 0]
-
-
-def softmax_mean(dots: Tensor, padding: Tensor | None, scale: float) -> Tensor:
-    """`sum_i softmax(scale d)_i d_i` of `(..., m)` dots without what `padding`, which broadcasts, marks: `(...)`."""
-    logits = dots if scale == 1.0 else dots * scale
-    if padding is not None:
-        logits = logits.masked_fill(padding, torch.finfo(dots.dtype).min)
-    return (logits.softmax(dim=-1) * dots).sum(dim=-1)
-
-
-def float64(vectors: Tensor) -> Tensor:
-    """The vectors in float64: where they are, or on the CPU if their device does not have it."""
-    return vectors.cpu().double() if vectors.device.type == "mps" else vectors.double()

@@ -2,15 +2,18 @@
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from poly_encoders.hardware import adds_bf16_in_float32, full_float32_products
-from poly_encoders.scoring.bounds import BFLOAT16_STEP, DotError, dot_error, lipschitz
-from poly_encoders.scoring.candidates import CandidateReader, PreparedCandidates, rounded, vector_norms
-from poly_encoders.scoring.exact import softmax_mean
+from poly_encoders.scoring.bounds import BFLOAT16_STEP, DotError, lipschitz
+from poly_encoders.scoring.candidates import CandidateReader, vector_norms
+
+Precision = Literal["exact", "float32", "bfloat16"]
+Workspace: TypeAlias = dict[torch.dtype, Tensor]
 
 # Sizes on the CPU, found by trying. A piece is large, so that the few steps that follow its product weigh little;
 # float32 products go by blocks within it, which stay in the cache.
@@ -25,133 +28,114 @@ PAIR_BYTES = 64  # beside its dots, what a pair of context and candidate takes t
 
 
 class Piece:
-    """Consecutive candidates on their way through a pass.
+    """Consecutive candidates of a reader on their way through a pass, `size` of them from `start` on."""
 
-    Args:
-        reader: All candidates.
-        prepared: What was prepared of them, if anything.
-        start, stop: Which.
-    """
-
-    def __init__(self, reader: CandidateReader, prepared: PreparedCandidates | None, start: int, stop: int) -> None:
-        self.reader, self.prepared, self.start, self.size = reader, prepared, start, stop - start
-        self.norms = None if prepared is None else prepared.norms[start:stop]  # (r,), once they are known
+    def __init__(self, reader: CandidateReader, start: int, size: int) -> None:
+        self.reader, self.start, self.size = reader, start, size
+        self.norms = None if reader.prepared is None else self.rounded[1]  # (r,), once they are known
 
     @functools.cached_property
     def rounded(self) -> tuple[Tensor, Tensor, Tensor]:
         """`(r, dim)` bfloat16, and the `(r,)` bounds of norms and of residuals."""
-        if self.prepared is None:
-            return rounded(self.reader, self.start, self.start + self.size)
-        here = slice(self.start, self.start + self.size)
-        return self.prepared.low[here], self.prepared.norms[here], self.prepared.residuals[here]
+        return self.reader.rounded(self.start, self.start + self.size)
 
 
-def pieces(
-    reader: CandidateReader, prepared: PreparedCandidates | None, *, low: bool, contexts: int, m: int
-) -> Iterator[Piece]:
-    """The candidates in order, in pieces that grow to the size that suits the device.
-
-    Args:
-        reader: The candidates.
-        prepared: What was prepared of them, if anything.
-        low: Whether the pass is in bfloat16.
-        contexts, m: How many contexts go through the pass at once, and the vectors of each.
-    """
+def pieces(reader: CandidateReader, *, low: bool, contexts: int, m: int) -> Iterator[Piece]:
+    """The candidates in order, in pieces that grow to what suits the device and these contexts of m vectors."""
     if reader.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(reader.device)
         rows = max(FEWEST_ROWS, free // GPU_MEMORY_SHARE // (contexts * (4 * m + PAIR_BYTES) + 6 * reader.dim))
     else:
-        most = ROWS_TO_ROUND if low and prepared is None else MOST_ROWS
+        most = ROWS_TO_ROUND if low and reader.prepared is None else MOST_ROWS
         rows = min(most, max(FEWEST_ROWS, DOTS_AT_ONCE // (contexts * (m + PAIR_BYTES // 4))))
     start, size = 0, min(FIRST_ROWS, rows)
-    while start < len(reader):
-        left = len(reader) - start
+    while left := len(reader) - start:
         if size == rows:  # equal parts, but round ones: some odd numbers of rows take a product half as long again
             rows = size = min(rows, math.ceil(left / math.ceil(left / rows) / FEWEST_ROWS) * FEWEST_ROWS)
-        stop = start + min(size, left)
-        yield Piece(reader, prepared, start, stop)
-        start, size = stop, min(GROWTH * size, rows)
+        yield Piece(reader, start, min(size, left))
+        start, size = start + min(size, left), min(GROWTH * size, rows)
 
 
-class Workspace:
-    """Room for products, the same one again and again, because fresh memory is slow to write to."""
+class Pairs(NamedTuple):
+    """Pairs of a context and a candidate side by side, `(s,)` each, so that no step is repeated for each context."""
 
-    def __init__(self) -> None:
-        self._room: dict[torch.dtype, Tensor] = {}
+    which: Tensor  # the context
+    candidate: Tensor
+    score: Tensor
+    slack: Tensor  # how far at most the score is off
+    rough: Tensor  # whether float32 would know better
 
-    def room(self, rows: int, columns: Tensor) -> Tensor:
-        """`(rows, c)` for the product with `(dim, c)` columns, of their dtype and on their device."""
-        size = rows * columns.shape[1]
-        if size > self._room.get(columns.dtype, columns[:0]).numel():
-            self._room[columns.dtype] = columns.new_empty(size)
-        return self._room[columns.dtype][:size].view(rows, columns.shape[1])
+    def at(self, places: Tensor) -> "Pairs":
+        return Pairs(*(column[places] for column in self))
 
 
 class Pass:
-    """Rough scores of one group of contexts, in bfloat16 or float32, with their error bounds.
+    """Rough scores of one group of contexts with their error bounds.
 
     Args:
         context: `(g, m, dim)` context vectors.
         padding: `(g, m)`, true for those that take no part; `None` where all do.
         scale: Factor on the dots inside the softmax.
-        workspace: Where products go; passes that take turns may share it.
-        low: In bfloat16 instead of float32.
-        bounded: False to take rough scores for the true ones.
+        precision: In float32, or else in bfloat16: `"exact"` with bounds, `"bfloat16"` without.
+        workspace: Memory for products, empty at first. Fresh memory is slow to write to, so passes that take turns
+            share it.
     """
 
     def __init__(
-        self,
-        context: Tensor,
-        padding: Tensor | None,
-        scale: float,
-        workspace: Workspace,
-        *,
-        low: bool,
-        bounded: bool = True,
+        self, context: Tensor, padding: Tensor | None, scale: float, precision: Precision, workspace: Workspace
     ) -> None:
-        self.context, self.padding, self.scale, self.low = context, padding, scale, low
-        self.workspace = workspace
-        _, self.m, dim = context.shape
+        low, bounded = precision != "float32", precision != "bfloat16"
+        self.context, self.padding, self.scale, self.low, self.workspace = context, padding, scale, low, workspace
         if padding is not None:
             # Zeros would have the largest dot where all others are negative; another copy of a real vector has not.
             first = (~padding).int().argmax(dim=1)
             context = torch.where(padding[..., None], context.take_along_dim(first[:, None, None], dim=1), context)
         self.kept = context.to(torch.bfloat16 if low else torch.float32)
-        self.columns = self.kept.reshape(-1, dim).T  # (dim, g * m)
+        self.columns = self.kept.flatten(0, 1).T  # (dim, g * m)
         # On a CPU, products of bfloat16 come back in it.
         self.low_out = low and context.device.type == "cpu"
         self.step = BFLOAT16_STEP if self.low_out and bounded else 0.0
-        full = low or full_float32_products(context.device)
-        self.error = dot_error(context, self.kept, full_float32=full)
-        if not bounded:
-            self.error = DotError(*(torch.zeros_like(part) for part in self.error))
-        self.lipschitz = lipschitz(self.m)
+        known = DotError(context, self.kept, low or full_float32_products(context.device))
+        self.error: Callable[..., Tensor] = known.of if bounded else lambda norms, *others: norms * 0
+        self.lipschitz = lipschitz(context.shape[1])
 
-    def survivors(self, piece: Piece, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-        """The pairs of context and candidate whose true score may reach the context's `(g,)` threshold.
+    def survivors(self, piece: Piece, threshold: Tensor) -> Pairs | None:
+        """The pairs of context and candidate whose true score may reach the context's `(g,)` threshold, if any.
 
-        Returns:
-            `(s,)` tensors: the context, the candidate's index, its rough score, and how far at most that is off; or
-            `None` if there are none. Comparisons are turned so that a bound of infinity or NaN excludes nobody.
+        Comparisons are turned so that a bound of infinity or NaN excludes nobody.
         """
-        dots, norms, residuals = self._low_dots(piece) if self.low else self._dots(piece)  # dots: (r, g, m)
+        dots, norms, residuals = self._low_dots(piece) if self.low else self._dots(piece)
+        dots = dots.view(piece.size, *self.kept.shape[:2])  # (r, g, m)
         row, which = self._high_enough(dots, threshold, norms, residuals).nonzero().unbind(1)
         if len(row) == 0:
             return None
         dots = dots[row, which].float()
-        score = softmax_mean(dots, None if self.padding is None else self.padding[which], self.scale)
-        error = self.error.of(norms[row], None if residuals is None else residuals[row], which)
+        score = self._score(dots, which)
+        error = self.error(norms[row], None if residuals is None else residuals[row], which)
         slack = self.lipschitz * (error + self.step * dots.abs().amax(dim=-1))
         possible = (~(score + slack < threshold[which])).nonzero().flatten()
-        return which[possible], row[possible] + piece.start, score[possible], slack[possible]
+        rough = torch.full_like(row, self.low, dtype=torch.bool)
+        return Pairs(which, row + piece.start, score, slack, rough).at(possible)
+
+    def estimates(self, which: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """Rough scores in float32 of `(h, c, dim)` candidates, c for each of the `(h,)` contexts, and their slacks."""
+        score = self._score(vectors.float() @ self.kept[which].transpose(1, 2), (which, None))
+        norms = vector_norms(vectors.flatten(0, 1), 0).view(score.shape)
+        return score, self.lipschitz * self.error(norms, None, (which, None))
+
+    def _score(self, dots: Tensor, which: Tensor | tuple[Tensor, None]) -> Tensor:
+        """`sum_i softmax(scale d)_i d_i` of `(..., m)` dots with the contexts that `which` picks."""
+        logits = dots if self.scale == 1.0 else dots * self.scale
+        if self.padding is not None:
+            logits = logits.masked_fill(self.padding[which], torch.finfo(dots.dtype).min)
+        return (logits.softmax(dim=-1) * dots).sum(dim=-1)
 
     def _high_enough(self, dots: Tensor, threshold: Tensor, norms: Tensor, residuals: Tensor | None) -> Tensor:
         """`(r, g)`: whether the largest dot may reach the threshold, by the largest error in the piece.
 
-        Nearly all candidates end here, so these are as few steps as can be. Where dots are bfloat16, a threshold that
-        the error brings down to 0 lets all through.
+        Nearly all end here, in as few steps as can be. Of bfloat16 dots all pass a threshold that the error makes 0.
         """
-        error = self.error.of(norms.amax(), None if residuals is None else residuals.amax())
+        error = self.error(norms.amax(), None if residuals is None else residuals.amax())
         threshold = (threshold - error) / (1 + self.step)
         if not self.low_out:
             return ~(dots.amax(dim=-1) < threshold)
@@ -161,29 +145,28 @@ class Pass:
         bits = torch.where(least > 0, least.view(torch.int16), torch.iinfo(torch.int16).min)
         return dots.view(torch.int16).amax(dim=-1) >= bits
 
-    def estimates(self, which: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
-        """Rough scores in float32 of `(h, c, dim)` candidates, c for each of the `(h,)` contexts, and their slacks."""
-        dots = vectors.float() @ self.kept[which].transpose(1, 2)
-        score = softmax_mean(dots, None if self.padding is None else self.padding[which, None], self.scale)
-        norms = vector_norms(vectors.flatten(0, 1), 0).view(score.shape)
-        return score, self.lipschitz * self.error.of(norms, None, (which, None))
+    def _room(self, rows: int) -> Tensor:
+        """`(rows, g * m)` for the dots of so many candidates."""
+        size, dtype = rows * self.columns.shape[1], self.columns.dtype
+        if size > self.workspace.get(dtype, self.columns[:0]).numel():
+            self.workspace[dtype] = self.columns.new_empty(size)
+        return self.workspace[dtype][:size].view(rows, -1)
 
     def _low_dots(self, piece: Piece) -> tuple[Tensor, Tensor, Tensor]:
         rows, norms, residuals = piece.rounded
         if self.low_out:
-            dots = torch.mm(rows, self.columns, out=self.workspace.room(piece.size, self.columns))
+            dots = torch.mm(rows, self.columns, out=self._room(piece.size))
         elif adds_bf16_in_float32(rows.device):
             dots = torch.mm(rows, self.columns, out_dtype=torch.float32)
         else:  # how other devices add up is not written down
             dots = rows.float() @ self.columns.float()
-        return dots.view(piece.size, -1, self.m), norms, residuals
+        return dots, norms, residuals
 
     def _dots(self, piece: Piece) -> tuple[Tensor, Tensor, None]:
-        dots, norms = self.workspace.room(piece.size, self.columns), []
+        dots, norms = self._room(piece.size), []
         for start, rows in piece.reader.blocks(piece.start, piece.start + piece.size):
             torch.mm(rows.float(), self.columns, out=dots[start - piece.start :][: len(rows)])
             if piece.norms is None:  # while the block is in the cache
                 norms.append(vector_norms(rows, start))
-        if piece.norms is None:
-            piece.norms = torch.cat(norms)
-        return dots.view(piece.size, -1, self.m), piece.norms, None
+        piece.norms = torch.cat(norms) if piece.norms is None else piece.norms
+        return dots, piece.norms, None

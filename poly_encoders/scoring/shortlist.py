@@ -7,7 +7,7 @@ from torch import Tensor
 
 from poly_encoders.scoring.candidates import CandidateReader
 from poly_encoders.scoring.exact import Slices, exact_scores
-from poly_encoders.scoring.passes import Pass
+from poly_encoders.scoring.passes import Pairs, Pass
 
 AT_ONCE = 2**20  # numbers gathered at a time, of all contexts together
 FEW = 64  # exact scores of so many, and of four times k, cost less than another look at them
@@ -17,8 +17,7 @@ LONG = 2048  # a context with more candidates than this, and than four times k, 
 class Shortlist:
     """Estimated scores of the possible best candidates of a group of contexts, and how far off each can be.
 
-    The pairs of context and candidate lie side by side in columns, so that no step is repeated for each context; those
-    of one context always in the order of their indices.
+    The pairs of one context are always in the order of the candidates. A place is a position among all pairs.
 
     Args:
         closer: The group's float32 pass.
@@ -32,77 +31,75 @@ class Shortlist:
 
     def __init__(self, closer: Pass, reader: CandidateReader, k: int, approximate: bool) -> None:
         self.closer, self.reader, self.k, self.approximate = closer, reader, k, approximate
-        device, self.contexts = closer.context.device, len(closer.context)
-        self.threshold = torch.full((self.contexts,), -torch.inf, dtype=torch.float32, device=device)
-        self.which, self.index = (torch.empty(0, dtype=torch.int64, device=device) for _ in range(2))
-        self.score, self.slack = (torch.empty(0, dtype=torch.float32, device=device) for _ in range(2))
-        self.rough = torch.empty(0, dtype=torch.bool, device=device)  # not yet looked at in float32
+        self.contexts = len(closer.context)
+        self.threshold = torch.full((self.contexts,), -torch.inf, dtype=torch.float32, device=closer.context.device)
+        none = self.threshold[:0]
+        self.pairs = Pairs(none.long(), none.long(), none, none, none.bool())
 
-    def add(self, which: Tensor, index: Tensor, score: Tensor, slack: Tensor, in_float32: bool) -> None:
-        """Put `(s,)` pairs on the list, raise the thresholds, and strike out who is below them."""
-        self.which, self.index = torch.cat([self.which, which]), torch.cat([self.index, index])
-        self.score, self.slack = torch.cat([self.score, score]), torch.cat([self.slack, slack])
-        self.rough = torch.cat([self.rough, torch.full_like(index, not in_float32, dtype=torch.bool)])
+    def add(self, found: list[Pairs]) -> None:
+        """Put pairs on the list, raise the thresholds, and strike out who is below them."""
+        self.pairs = Pairs(*map(torch.cat, zip(self.pairs, *found, strict=True)))
         if self.approximate:
-            self._score_exactly((~self.score.isfinite()).nonzero().flatten())  # those that bfloat16 cannot hold
+            self._score_exactly((~self.pairs.score.isfinite()).nonzero().flatten())  # those that bfloat16 cannot hold
             self._keep_best()
             return
-        if not in_float32:  # sharper estimates of the most likely give higher thresholds
-            order, rank = self._ranked(self.score)
-            likely = order[rank < self.k]
-            self._look_closer(likely[self.rough[likely]])
+        places, rank = self._ranked(self.pairs.score)
+        self._look_closer(places[rank < self.k])  # the most likely: better estimates give higher thresholds
         self._strike()
         if self._is_long():
-            self._look_closer(self.rough.nonzero().flatten())
+            self._look_closer(self._all())
             self._strike()
         if self._is_long():  # near ties by the thousand
-            self._score_exactly(torch.arange(len(self.index), device=self.index.device))
+            self._score_exactly(self._all())
             self._keep_best()
 
     def finish(self) -> tuple[Tensor, Tensor]:
         """The k best of each context, exactly: `(g, k)` float32 scores and int64 indices."""
-        if len(self.index) > self.contexts * (FEW + 4 * self.k) and not self.approximate:
-            self._look_closer(self.rough.nonzero().flatten())
+        if len(self.pairs.candidate) > self.contexts * (FEW + 4 * self.k) and not self.approximate:
+            self._look_closer(self._all())
             self._strike()
-        self._score_exactly(torch.arange(len(self.index), device=self.index.device))
+        self._score_exactly(self._all())
         self._keep_best()
-        best, _ = self._ranked(self.score)
-        return self.score[best].view(self.contexts, self.k), self.index[best].view(self.contexts, self.k)
+        best, _ = self._ranked(self.pairs.score)
+        return self.pairs.score[best].view(-1, self.k), self.pairs.candidate[best].view(-1, self.k)
+
+    def _all(self) -> Tensor:
+        return torch.arange(len(self.pairs.candidate), device=self.pairs.candidate.device)
 
     def _is_long(self) -> bool:
-        return len(self.which) > LONG and int(self.which.bincount(minlength=1).amax()) > max(LONG, 4 * self.k)
+        which = self.pairs.which
+        return len(which) > LONG and int(which.bincount(minlength=1).amax()) > max(LONG, 4 * self.k)
 
     def _look_closer(self, places: Tensor) -> None:
-        """Put float32 estimates in some places of the list."""
+        """Put float32 estimates in those of the places where they are still rough."""
+        places = places[self.pairs.rough[places]]
         for here, contexts, vectors, there in self._gathered(places):
             score, slack = self.closer.estimates(contexts, vectors)
-            self.score[here], self.slack[here] = score[there], slack[there]
-        self.rough[places] = False
+            self.pairs.score[here], self.pairs.slack[here] = score[there], slack[there]
+        self.pairs.rough[places] = False
 
     def _score_exactly(self, places: Tensor) -> None:
-        """Put exact scores in some places of the list."""
         for here, contexts, vectors, there in self._gathered(places):
             padding = None if self.closer.padding is None else self.closer.padding[contexts]
             slices = Slices(self.closer.context[contexts]), Slices(vectors)
             score = exact_scores(*slices, padding, self.closer.scale)
-            self.score[here] = score.to(self.score.device)[there]
-        self.slack[places] = 0
-        self.rough[places] = False
+            self.pairs.score[here] = score.to(self.threshold.device)[there]
+        self.pairs.slack[places] = 0
+        self.pairs.rough[places] = False
 
     def _gathered(self, places: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]]:
-        """The candidates in some places of the list, in blocks with as many for each of some contexts.
+        """The candidates in some places, in blocks of as many for each of some contexts.
 
-        Yields:
-            Some of the places, `(p,)`; the contexts of a block, `(h,)`; the block, `(h, c, dim)`, with zeros where a
-            context has fewer than others; and where in the block each place is, two of `(p,)`.
+        Some `(p,)` of the places; a block's `(h,)` contexts; the `(h, c, dim)` block, with zeros where a context has
+        fewer than others; and where in the block each place is, two of `(p,)`.
         """
         places, rank = self._by_context(places)
         while len(places):
-            contexts, row = self.which[places].unique(return_inverse=True)
+            contexts, row = self.pairs.which[places].unique(return_inverse=True)
             width = max(1, AT_ONCE // (len(contexts) * self.reader.dim))
             first = (rank < width).nonzero().flatten()
             there = (row[first], rank[first])
-            rows = self.reader.gather(self.index[places[first]])
+            rows = self.reader.take(self.pairs.candidate[places[first]])
             block = rows.new_zeros((len(contexts), int(there[1].amax()) + 1, self.reader.dim))
             block[there] = rows
             yield places[first], contexts, block, there
@@ -121,24 +118,25 @@ class Shortlist:
         rank = torch.arange(len(places), device=places.device)
         if self.contexts == 1:
             return places, rank
-        places = places[self.which[places].argsort(stable=True)]
-        counts = self.which[places].bincount(minlength=self.contexts)
-        return places, rank - (counts.cumsum(0) - counts)[self.which[places]]
+        places = places[self.pairs.which[places].argsort(stable=True)]
+        which = self.pairs.which[places]
+        counts = which.bincount(minlength=self.contexts)
+        return places, rank - (counts.cumsum(0) - counts)[which]
 
     def _strike(self) -> None:
-        sure = (self.score - self.slack).nan_to_num(nan=-torch.inf, neginf=-torch.inf)
-        places, rank = self._ranked(sure)
-        last = places[rank == self.k - 1]  # of every context that has k
-        self.threshold[self.which[last]] = torch.maximum(self.threshold[self.which[last]], sure[last])
-        self._keep((~(self.score + self.slack < self.threshold[self.which])).nonzero().flatten())
+        """Raise the thresholds to what k candidates surely score, and strike out who cannot."""
+        which, _, score, slack, _ = self.pairs
+        self._raise_thresholds((score - slack).nan_to_num(nan=-torch.inf, neginf=-torch.inf))
+        self.pairs = self.pairs.at((~(score + slack < self.threshold[which])).nonzero().flatten())
 
     def _keep_best(self) -> None:
         """Take the scores for true, and keep the k best of each context, equal ones by their indices."""
-        places, rank = self._ranked(self.score)
-        last = places[rank == self.k - 1]
-        self.threshold[self.which[last]] = self.score[last]
-        self._keep(places[rank < self.k].sort().values)
+        self.pairs = self.pairs.at(self._raise_thresholds(self.pairs.score).sort().values)
 
-    def _keep(self, places: Tensor) -> None:
-        self.which, self.index = self.which[places], self.index[places]
-        self.score, self.slack, self.rough = self.score[places], self.slack[places], self.rough[places]
+    def _raise_thresholds(self, score: Tensor) -> Tensor:
+        """Raise them to the k-th of these scores, where there are so many; the places of the first k."""
+        places, rank = self._ranked(score)
+        last = places[rank == self.k - 1]
+        which = self.pairs.which[last]
+        self.threshold[which] = torch.maximum(self.threshold[which], score[last])
+        return places[rank < self.k]

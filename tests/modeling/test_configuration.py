@@ -1,11 +1,13 @@
 """PolyEncoderConfig: defaults, checks, JSON."""
 
+import json
+
 import pytest
 from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassFieldValidationError
 from transformers import AutoConfig, BertConfig
 
 import tiny
-from poly_encoders import PolyEncoderConfig
+from poly_encoders import PolyEncoder, PolyEncoderConfig
 
 
 def test_works_with_no_arguments():
@@ -13,21 +15,32 @@ def test_works_with_no_arguments():
     assert isinstance(config.context_encoder, BertConfig)
     assert isinstance(config.candidate_encoder, BertConfig)
     assert config.candidate_encoder is not config.context_encoder
-    assert config.num_codes == 64
+    assert (config.num_codes, config.reduction) == (64, "mean")
 
 
-def test_json_round_trip(tmp_path):
-    config = tiny.poly_config("roberta", num_codes=7, context_vectors="last_m", turn_separator=" | ")
+@pytest.mark.parametrize("options", [{}, {"share_encoders": True}])
+def test_json_round_trip(options, tmp_path):
+    config = tiny.poly_config("roberta", num_codes=7, context_vectors="last_m", turn_separator=" | ", **options)
     config.save_pretrained(tmp_path)
     again = AutoConfig.from_pretrained(tmp_path)
     assert isinstance(again, PolyEncoderConfig)
     assert {**again.to_dict(), "_name_or_path": ""} == config.to_dict()
+    assert (again.candidate_encoder is None) == bool(options)
 
 
-def test_shared_encoders_have_one_configuration(tmp_path):
-    config = tiny.poly_config(share_encoders=True)
-    config.save_pretrained(tmp_path)
-    assert PolyEncoderConfig.from_pretrained(tmp_path).candidate_encoder is None
+def test_the_older_name_of_reduction(checkpoints, tmp_path):
+    config = tiny.poly_config(candidate_vector="first")
+    assert config.reduction == config.candidate_vector == "first"
+    saved = config.to_dict()
+    assert "candidate_vector" not in saved
+    saved["candidate_vector"] = saved.pop("reduction")
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    assert AutoConfig.from_pretrained(tmp_path).to_dict()["reduction"] == "first"
+    model = PolyEncoder(checkpoints(), device="cpu", config_kwargs={"candidate_vector": "first"})
+    assert model[0].config.reduction == "first"
+    model.save_pretrained(str(tmp_path))
+    with pytest.raises(ValueError, match="reduction='mean' would need training anew"):
+        PolyEncoder(str(tmp_path), device="cpu", config_kwargs={"candidate_vector": "mean"})
 
 
 @pytest.mark.parametrize(
@@ -39,6 +52,7 @@ def test_shared_encoders_have_one_configuration(tmp_path):
         ({"output_scaling": float("nan")}, "output_scaling"),
         ({"code_std": -1.0}, "code_std"),
         ({"max_context_length": 0}, "max_context_length"),
+        ({"max_turns": -3}, "max_turns"),
         ({"candidate_encoder": tiny.family_config("bert", width=16)}, "32 wide, the candidate encoder 16"),
         ({"candidate_encoder": tiny.family_config("bert"), "share_encoders": True}, "share_encoders=True"),
     ],
@@ -50,26 +64,26 @@ def test_values_out_of_range_are_named(options, said):
 
 @pytest.mark.parametrize(
     "options",
-    [{"num_codes": "many"}, {"context_vectors": "middle_m"}, {"candidate_vector": "max"}, {"code_attention": "cosine"}],
+    [
+        {"num_codes": "many"},
+        {"context_vectors": "middle_m"},
+        {"reduction": "max"},
+        {"candidate_vector": "max"},
+        {"code_attention": "cosine"},
+    ],
 )
 def test_values_of_a_wrong_kind_are_refused(options):
     with pytest.raises(StrictDataclassFieldValidationError):
         tiny.poly_config(**options)
 
 
-def test_a_misspelt_option_is_not_swallowed():
-    with pytest.raises(ValueError, match="num_codes"):
+def test_what_is_no_configuration(tmp_path):
+    with pytest.raises(ValueError, match="Did you mean 'num_codes'"):
         PolyEncoderConfig(num_code=3)
-
-
-def test_a_sub_configuration_needs_its_family():
-    with pytest.raises(ValueError, match="model_type"):
+    with pytest.raises(ValueError, match="without 'model_type'"):
         PolyEncoderConfig(context_encoder={"hidden_size": 32})
-
-
-def test_another_architecture_is_refused(tmp_path):
     tiny.family_config("bert").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="'bert'"):
+    with pytest.raises(ValueError, match="the architecture 'bert'"):
         PolyEncoderConfig.from_pretrained(tmp_path)
 
 

@@ -1,8 +1,11 @@
 """PolyEncoderModel: vectors by the paper, invariants, and what transformers expects of a model."""
 
+from importlib.metadata import version
+
 import pytest
 import torch
 from packaging.version import Version
+from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoModel
 
@@ -10,63 +13,34 @@ import tiny
 from poly_encoders import PolyEncoderConfig, PolyEncoderModel, poly_score
 
 KINDS = ["learnt_codes", "first_m", "last_m", "first_and_last_m"]
-CANDIDATE_KINDS = ["first", "mean", "first_m_mean"]
 
 
-def context_by_the_paper(model, hidden, mask):
-    """Section 4.4 for each context by itself, over its real tokens alone."""
-    config, rows = model.config, []
-    for states, keep in zip(hidden, mask, strict=True):
-        h = states[keep.bool()]
-        m = config.num_codes
-        if config.context_vectors == "learnt_codes":
-            scale = config.hidden_size**-0.5 if config.code_attention == "sqrt" else 1.0
-            vectors = [
-                sum(w * s for w, s in zip(torch.softmax(h @ code * scale, 0), h, strict=True)) for code in model.codes
-            ]
-        else:
-            vectors = list(h[:m] if config.context_vectors == "first_m" else h[-m:])
-            vectors += [torch.zeros_like(h[0])] * (m - len(vectors))
-            if config.context_vectors == "first_and_last_m":
-                vectors = [h[0], *vectors]
-        rows.append(torch.stack(vectors))
-    return torch.stack(rows)
+def both_sides(contexts, candidates):
+    """The arguments of `forward`."""
+    return {**contexts, **{f"candidate_{name}": tensor for name, tensor in candidates.items()}}
 
 
-def candidate_by_the_paper(model, hidden, mask):
-    """Section 4.2's reductions."""
-    rows = []
-    for states, keep in zip(hidden, mask, strict=True):
-        h = states[keep.bool()]
-        kind = model.config.candidate_vector
-        rows.append(h[0] if kind == "first" else (h if kind == "mean" else h[: model.config.num_codes]).mean(0))
-    return torch.stack(rows)
+def assert_same_weights(model, other):
+    assert model.state_dict().keys() == other.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(other.state_dict()[name], tensor), name
+
+
+# --- the vectors and the scores ---------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("left", [False, True])
-@pytest.mark.parametrize("m", [1, 3, 20])
 @pytest.mark.parametrize("kind", KINDS)
-def test_context_vectors_follow_the_paper(kind, m, left):
-    model = tiny.poly_model(context_vectors=kind, num_codes=m, code_attention="sqrt" if left else "basic")
+def test_context_vectors_are_what_was_attended_to(kind, left):
+    model = tiny.poly_model(context_vectors=kind, num_codes=6, code_attention="sqrt")
     batch = tiny.token_batch(4, 9, left=left)
-    hidden = model.context_encoder(**batch).last_hidden_state
-    vectors = model.get_context_features(**batch)
-    assert vectors.shape == (4, model.config.num_context_vectors, tiny.WIDTH)
-    torch.testing.assert_close(
-        vectors, context_by_the_paper(model, hidden, batch["attention_mask"]), atol=1e-5, rtol=1e-5
-    )
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("left", [False, True])
-@pytest.mark.parametrize("kind", CANDIDATE_KINDS)
-def test_candidate_vectors_follow_the_paper(kind, left):
-    model = tiny.poly_model(candidate_vector=kind, num_codes=3)
-    batch = tiny.token_batch(4, 9, left=left)
-    hidden = model.candidate_encoder(**batch).last_hidden_state
-    expected = candidate_by_the_paper(model, hidden, batch["attention_mask"])
-    torch.testing.assert_close(model.get_candidate_features(**batch), expected, atol=1e-5, rtol=1e-5)
+    hidden, mask = model.run_encoder("context", batch).last_hidden_state, batch["attention_mask"]
+    weights = model.context_attention(hidden, mask)
+    torch.testing.assert_close(weights @ hidden, model.get_context_features(**batch), atol=1e-5, rtol=1e-5)
+    assert (weights.masked_select(mask[:, None] == 0) == 0).all()
+    taken = torch.full((4,), 6) if kind == "learnt_codes" else mask.sum(dim=1).clamp(max=6)
+    assert (weights.sum(dim=-1) > 0.99).sum(dim=1).tolist() == (taken + (kind == "first_and_last_m")).tolist()
 
 
 @torch.no_grad()
@@ -83,24 +57,15 @@ def test_forward_composes_its_parts(final_attention):
     model = tiny.poly_model(final_attention=final_attention)
     contexts, candidates = tiny.token_batch(3, 7), tiny.token_batch(5, 4, seed=1)
     labels = torch.tensor([4, 0, 2])
-    output = model(
-        **contexts,
-        candidate_input_ids=candidates["input_ids"],
-        candidate_attention_mask=candidates["attention_mask"],
-        labels=labels,
-    )
+    output = model(**both_sides(contexts, candidates), labels=labels)
     context, candidate = model.get_context_features(**contexts), model.get_candidate_features(**candidates)
-    scale = tiny.WIDTH**-0.5 if final_attention == "sqrt" else 1.0
-    scores = poly_score(context, candidate, scale)
-    torch.testing.assert_close(output.context_vectors, context)
-    torch.testing.assert_close(output.candidate_vectors, candidate)
-    torch.testing.assert_close(output.scores, scores)
-    torch.testing.assert_close(output.loss, cross_entropy(scores, labels))
-    unlabelled = model(
-        **contexts, candidate_input_ids=candidates["input_ids"], candidate_attention_mask=candidates["attention_mask"]
-    )
-    assert unlabelled.loss is None
+    scores = poly_score(context, candidate, tiny.WIDTH**-0.5 if final_attention == "sqrt" else 1.0)
+    found = [output.context_vectors, output.candidate_vectors, output.scores, output.loss]
+    torch.testing.assert_close(found, [context, candidate, scores, cross_entropy(scores, labels)])
+    unlabelled, alone = model(**both_sides(contexts, candidates)), model(**contexts)
+    assert unlabelled.loss is alone.loss is alone.scores is None
     assert torch.equal(unlabelled.scores, output.scores)
+    assert torch.equal(alone.context_vectors, output.context_vectors)
 
 
 @torch.no_grad()
@@ -108,40 +73,11 @@ def test_forward_composes_its_parts(final_attention):
 def test_candidates_per_context_equal_shared_ones(b, n):
     model = tiny.poly_model()
     contexts, candidates = tiny.token_batch(b, 7), tiny.token_batch(n, 5, seed=1)
-    shared = model(
-        **contexts, candidate_input_ids=candidates["input_ids"], candidate_attention_mask=candidates["attention_mask"]
-    )
-    own = model(
-        **contexts,
-        candidate_input_ids=candidates["input_ids"].expand(b, n, 5),
-        candidate_attention_mask=candidates["attention_mask"].expand(b, n, 5),
-    )
+    shared = model(**both_sides(contexts, candidates))
+    own = model(**both_sides(contexts, {name: tensor.expand(b, n, 5) for name, tensor in candidates.items()}))
     assert shared.scores.shape == own.scores.shape == (b, n)
     assert own.candidate_vectors.shape == (b, n, tiny.WIDTH)
     torch.testing.assert_close(own.scores, shared.scores)
-
-
-@torch.no_grad()
-def test_contexts_alone_are_a_valid_call():
-    output = tiny.poly_model()(**tiny.token_batch(2, 5))
-    assert output.scores is None
-    assert output.context_vectors.shape == (2, 4, tiny.WIDTH)
-
-
-@torch.no_grad()
-def test_hidden_states_and_attentions_on_request():
-    model = tiny.poly_model(attn_implementation="eager")
-    candidates = tiny.token_batch(3, 4)
-    output = model(
-        **tiny.token_batch(2, 5),
-        candidate_input_ids=candidates["input_ids"],
-        output_hidden_states=True,
-        output_attentions=True,
-    )
-    assert [state.shape for state in output.hidden_states] == [(2, 5, tiny.WIDTH)] * 3
-    assert [state.shape for state in output.candidate_hidden_states] == [(3, 4, tiny.WIDTH)] * 3
-    assert [attention.shape for attention in output.attentions] == [(2, 4, 5, 5)] * 2
-    assert [attention.shape for attention in output.candidate_attentions] == [(3, 4, 4, 4)] * 2
 
 
 def test_calls_that_make_no_sense_are_named():
@@ -156,20 +92,8 @@ def test_calls_that_make_no_sense_are_named():
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", KINDS)
-def test_batch_order_and_company_change_nothing(kind):
-    model, batch = tiny.poly_model(context_vectors=kind), tiny.token_batch(5, 9)
-    order = torch.tensor([3, 0, 4, 1, 2])
-    together = model.get_context_features(**batch)
-    shuffled = model.get_context_features(**{name: tensor[order] for name, tensor in batch.items()})
-    torch.testing.assert_close(shuffled, together[order])
-    alone = torch.cat([model.get_context_features(**{k: v[i : i + 1] for k, v in batch.items()}) for i in range(5)])
-    torch.testing.assert_close(alone, together, atol=1e-5, rtol=1e-5)
-
-
-@torch.no_grad()
-def test_a_row_without_tokens_stays_finite():
-    model = tiny.poly_model()
-    ids = torch.full((1, 4), 7)
+def test_a_row_without_tokens_stays_finite(kind):
+    model, ids = tiny.poly_model(context_vectors=kind), torch.full((1, 4), 7)
     assert model.get_context_features(ids, torch.zeros_like(ids)).isfinite().all()
     assert model.get_candidate_features(ids, torch.zeros_like(ids)).isfinite().all()
 
@@ -178,72 +102,6 @@ def test_new_codes_start_near_zero():
     codes = PolyEncoderModel(tiny.poly_config(num_codes=256)).codes
     assert 0.045 < codes.std().item() < 0.055
     assert abs(codes.mean().item()) < 0.005
-
-
-def test_every_parameter_learns():
-    model = tiny.poly_model().train()
-    candidates = tiny.token_batch(3, 5)
-    loss = model(**tiny.token_batch(3, 6), candidate_input_ids=candidates["input_ids"], labels=torch.arange(3)).loss
-    loss.backward()
-    without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
-    assert without == []
-    assert model.codes.grad.abs().sum() > 0
-
-
-def test_shared_encoders_are_one_module(tmp_path):
-    model = tiny.poly_model(share_encoders=True)
-    assert model.candidate_encoder is model.context_encoder
-    model.save_pretrained(tmp_path)
-    from safetensors import safe_open
-
-    with safe_open(tmp_path / "model.safetensors", "pt") as file:
-        names = list(file.keys())
-    assert not [name for name in names if name.startswith("candidate_encoder")]
-    again = PolyEncoderModel.from_pretrained(tmp_path)
-    assert again.candidate_encoder is again.context_encoder
-
-
-def test_resizing_the_vocabulary_reaches_both_encoders(tmp_path):
-    model = tiny.poly_model()
-    model.resize_token_embeddings(tiny.VOCAB_SIZE + 3)
-    assert model.context_encoder.get_input_embeddings().num_embeddings == tiny.VOCAB_SIZE + 3
-    assert model.candidate_encoder.get_input_embeddings().num_embeddings == tiny.VOCAB_SIZE + 3
-    model.save_pretrained(tmp_path)
-    again = PolyEncoderModel.from_pretrained(tmp_path)
-    assert again.get_input_embeddings().num_embeddings == tiny.VOCAB_SIZE + 3
-
-
-@pytest.mark.parametrize("kind", ["eager", "sdpa"])
-def test_attention_implementation_reaches_both_encoders(tmp_path, kind):
-    tiny.poly_model().save_pretrained(tmp_path)
-    model = PolyEncoderModel.from_pretrained(tmp_path, attn_implementation=kind)
-    assert model.context_encoder.config._attn_implementation == kind
-    assert model.candidate_encoder.config._attn_implementation == kind
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision(tmp_path, dtype):
-    model = tiny.poly_model()
-    model.save_pretrained(tmp_path)
-    half = PolyEncoderModel.from_pretrained(tmp_path, dtype=dtype)
-    assert {parameter.dtype for parameter in half.parameters()} == {dtype}
-    batch = tiny.token_batch(3, 6)
-    vectors = half.get_context_features(**batch)
-    assert vectors.dtype == dtype
-    torch.testing.assert_close(vectors.float(), model.get_context_features(**batch), atol=0.1, rtol=0.1)
-
-
-@torch.no_grad()
-def test_compiles_as_one_graph():
-    model, contexts, candidates = tiny.poly_model(), tiny.token_batch(2, 6), tiny.token_batch(3, 4)
-    inputs = {
-        **contexts,
-        "candidate_input_ids": candidates["input_ids"],
-        "candidate_attention_mask": candidates["attention_mask"],
-    }
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(**inputs).scores, model(**inputs).scores)
 
 
 def test_gradient_checkpointing_keeps_the_gradients():
@@ -256,101 +114,128 @@ def test_gradient_checkpointing_keeps_the_gradients():
             model.gradient_checkpointing_enable()
             layers = [*model.context_encoder.encoder.layer, *model.candidate_encoder.encoder.layer]
             assert all(layer.gradient_checkpointing for layer in layers)
-        candidates = tiny.token_batch(3, 5)
-        model(
-            **tiny.token_batch(3, 6), candidate_input_ids=candidates["input_ids"], labels=torch.arange(3)
-        ).loss.backward()
+        inputs = both_sides(tiny.token_batch(3, 6), tiny.token_batch(3, 5))
+        model(**inputs, labels=torch.arange(3)).loss.backward()
         return {name: parameter.grad for name, parameter in model.named_parameters()}
 
-    plain, checkpointed = gradients(False), gradients(True)
+    plain = gradients(False)
     assert plain["codes"].abs().sum() > 0
-    for name, gradient in plain.items():
-        torch.testing.assert_close(checkpointed[name], gradient, msg=name)
-
-
-def test_gradient_checkpointing_of_a_family_without_it_is_refused():
+    torch.testing.assert_close(gradients(True), plain)
     with pytest.raises(ValueError, match=r"does not support (activation|gradient) checkpointing"):
         tiny.poly_model("mpnet").gradient_checkpointing_enable()
 
 
-def test_device_map(tmp_path):
-    tiny.poly_model().save_pretrained(tmp_path)
-    model = PolyEncoderModel.from_pretrained(tmp_path, device_map="cpu")
-    assert model.get_context_features(**tiny.token_batch(2, 5)).shape == (2, 4, tiny.WIDTH)
-
-
-def test_lora_adapters(tmp_path):
-    from peft import LoraConfig, PeftModel, get_peft_model
-
-    base = tiny.poly_model()
-    batch = tiny.token_batch(3, 6)
-    before = base.get_context_features(**batch).detach()
-    lora = LoraConfig(r=2, target_modules=["query", "value"], modules_to_save=[])
-    model = get_peft_model(tiny.poly_model(), lora)
-    torch.testing.assert_close(model.get_context_features(**batch), before)  # an adapter starts as nothing
-    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    assert any("context_encoder" in name for name in trained)
-    assert any("candidate_encoder" in name for name in trained)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_()
-    model.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(tiny.poly_model(), tmp_path)
-    torch.testing.assert_close(again.get_context_features(**batch), model.get_context_features(**batch))
-    merged = again.merge_and_unload()
-    assert not torch.allclose(merged.get_context_features(**batch), before)
-    torch.testing.assert_close(merged.get_context_features(**batch), model.get_context_features(**batch))
-
-
-def test_adapters_through_transformers(tmp_path):
-    import peft
-    from transformers.integrations.peft import MIN_PEFT_VERSION
-
-    if Version(peft.__version__) < Version(MIN_PEFT_VERSION):  # a release of transformers may ask for the next of peft
-        pytest.skip(f"transformers takes adapters of peft {MIN_PEFT_VERSION} or newer, here is {peft.__version__}")
-    model = tiny.poly_model()
-    model.add_adapter(peft.LoraConfig(r=2, target_modules=["query"]), adapter_name="mine")
-    assert any("lora" in name for name, parameter in model.named_parameters() if parameter.requires_grad)
-    model.save_pretrained(tmp_path)
-    assert (tmp_path / "adapter_model.safetensors").is_file()
+# --- built on checkpoints ---------------------------------------------------------------------------------------------
 
 
 def test_building_on_two_checkpoints(checkpoints):
     model = PolyEncoderModel.from_encoders_pretrained(checkpoints("bert"), checkpoints("electra"), num_codes=3)
     assert model.context_encoder.config.model_type == "bert"
-    assert model.candidate_encoder.config.model_type == "electra"
-    original = AutoModel.from_pretrained(checkpoints("electra")).state_dict()
-    for name, tensor in model.candidate_encoder.state_dict().items():
-        assert torch.equal(tensor, original[name]), name
+    assert_same_weights(model.candidate_encoder, AutoModel.from_pretrained(checkpoints("electra")))
 
 
 def test_one_checkpoint_starts_two_equal_encoders_or_one(checkpoints):
-    apart = PolyEncoderModel.from_encoders_pretrained(checkpoints("bert"))
-    assert apart.candidate_encoder is not apart.context_encoder
-    for ours, theirs in zip(apart.context_encoder.parameters(), apart.candidate_encoder.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
-        assert ours.data_ptr() != theirs.data_ptr()
+    apart = PolyEncoderModel.from_encoders_pretrained(checkpoints("bert"), candidate_vector="first")
+    assert apart.config.reduction == "first"
+    assert_same_weights(apart.context_encoder, apart.candidate_encoder)
+    towers = (apart.context_encoder, apart.candidate_encoder)
+    ours, theirs = ({each.data_ptr() for each in tower.parameters()} for tower in towers)
+    assert not ours & theirs
     together = PolyEncoderModel.from_encoders_pretrained(checkpoints("bert"), share_encoders=True)
     assert together.candidate_encoder is together.context_encoder
 
 
-def test_options_of_the_backbones_reach_both(checkpoints):
-    model = PolyEncoderModel.from_encoders_pretrained(
-        checkpoints("bert"), checkpoints("roberta"), dtype=torch.bfloat16, attn_implementation="eager"
-    )
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-    assert model.context_encoder.config._attn_implementation == "eager"
-    assert model.candidate_encoder.config._attn_implementation == "eager"
+# --- saved and loaded -------------------------------------------------------------------------------------------------
 
 
-def test_a_poly_encoder_is_no_backbone(tmp_path):
-    tiny.poly_model().save_pretrained(tmp_path)
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A model and the folder that it is saved in; read only."""
+    folder, model = tmp_path_factory.mktemp("model"), tiny.poly_model()
+    model.save_pretrained(folder)
+    return model, folder
+
+
+def test_auto_classes_know_the_type_and_a_poly_encoder_is_no_backbone(saved):
+    model, folder = saved
+    assert_same_weights(model, AutoModel.from_pretrained(folder, device_map="cpu"))
+    assert isinstance(AutoModel.from_config(PolyEncoderConfig.from_pretrained(folder)), PolyEncoderModel)
     with pytest.raises(ValueError, match="itself a Poly-encoder"):
-        PolyEncoderModel.from_encoders_pretrained(tmp_path)
+        PolyEncoderModel.from_encoders_pretrained(folder)
 
 
-def test_auto_classes_know_the_type(tmp_path):
-    tiny.poly_model().save_pretrained(tmp_path)
-    assert isinstance(AutoModel.from_pretrained(tmp_path), PolyEncoderModel)
-    assert isinstance(AutoModel.from_config(PolyEncoderConfig.from_pretrained(tmp_path)), PolyEncoderModel)
+def test_shared_encoders_are_one_module_stored_once(saved, tmp_path):
+    model = tiny.poly_model(share_encoders=True)
+    assert model.candidate_encoder is model.context_encoder
+    model.save_pretrained(tmp_path)
+    assert len(load_file(tmp_path / "model.safetensors")) == len(model.context_encoder.state_dict()) + 1
+    assert len(load_file(saved[1] / "model.safetensors")) == 2 * len(model.context_encoder.state_dict()) + 1
+    again = PolyEncoderModel.from_pretrained(tmp_path)
+    assert again.candidate_encoder is again.context_encoder
+    assert_same_weights(model, again)
+
+
+def test_shards_and_what_was_there_before(tmp_path):
+    model = tiny.poly_model()
+    model.save_pretrained(tmp_path / "model", is_main_process=False)  # one of several processes, not the main one
+    assert not [file for file in tmp_path.rglob("*") if file.is_file()]
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    assert_same_weights(model, PolyEncoderModel.from_pretrained(tmp_path))
+    (tmp_path / "notes.txt").write_text("mine")
+    tiny.poly_model(seed=1).save_pretrained(tmp_path)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert not list(tmp_path.glob("model-*"))
+    assert_same_weights(tiny.poly_model(seed=1), PolyEncoderModel.from_pretrained(tmp_path))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("dtype", "attention"), [(torch.float16, "sdpa"), (torch.bfloat16, "eager")])
+def test_options_of_the_backbones_reach_both(saved, checkpoints, dtype, attention):
+    options, batch = {"dtype": dtype, "attn_implementation": attention}, tiny.token_batch(3, 6)
+    half = PolyEncoderModel.from_pretrained(saved[1], **options)
+    built = PolyEncoderModel.from_encoders_pretrained(checkpoints("bert"), checkpoints("roberta"), **options)
+    for model in (half, built):
+        assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+        towers = (model.context_encoder, model.candidate_encoder)
+        assert {tower.config._attn_implementation for tower in towers} == {attention}
+    vectors = half.get_context_features(**batch)
+    assert vectors.dtype == dtype
+    torch.testing.assert_close(vectors.float(), saved[0].get_context_features(**batch), atol=0.1, rtol=0.1)
+
+
+def test_resizing_the_vocabulary_reaches_both_encoders(tmp_path):
+    model = tiny.poly_model()
+    model.resize_token_embeddings(tiny.VOCAB_SIZE + 3)
+    assert model.candidate_encoder.get_input_embeddings().num_embeddings == tiny.VOCAB_SIZE + 3
+    model.save_pretrained(tmp_path)
+    assert PolyEncoderModel.from_pretrained(tmp_path).get_input_embeddings().num_embeddings == tiny.VOCAB_SIZE + 3
+
+
+def test_lora_adapters(tmp_path):
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers.integrations.peft import MIN_PEFT_VERSION
+
+    lora = LoraConfig(r=2, target_modules=["query", "value"], modules_to_save=[])
+    if Version(version("peft")) >= Version(MIN_PEFT_VERSION):  # a release of transformers may ask for the next of peft
+        model = tiny.poly_model()
+        model.add_adapter(lora)
+        model.save_pretrained(tmp_path / "through transformers")
+        assert (tmp_path / "through transformers" / "adapter_model.safetensors").is_file()
+    batch = tiny.token_batch(3, 6)
+    before = tiny.poly_model().get_context_features(**batch).detach()
+    model = get_peft_model(tiny.poly_model(), lora)
+    torch.testing.assert_close(model.get_context_features(**batch), before)  # an adapter starts as nothing
+    trained = " ".join(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    assert "context_encoder" in trained
+    assert "candidate_encoder" in trained
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    model.save_pretrained(tmp_path)
+    after = model.get_context_features(**batch)
+    again = PeftModel.from_pretrained(tiny.poly_model(), tmp_path)
+    torch.testing.assert_close(again.get_context_features(**batch), after)
+    assert not torch.allclose(after, before)
+    torch.testing.assert_close(again.merge_and_unload().get_context_features(**batch), after)

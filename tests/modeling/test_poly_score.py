@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from poly_encoders.modeling import poly_score
@@ -24,7 +24,6 @@ def by_the_paper(context, candidates, scale=1.0):
     return torch.stack(rows)
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     b=st.integers(1, 4),
     m=st.integers(1, 9),
@@ -42,37 +41,8 @@ def test_follows_the_paper(b, m, n, dim, shared, scale, padded):
     torch.testing.assert_close(poly_score(context, candidates, scale), by_the_paper(context, candidates, scale))
 
 
-def test_padding_vectors_change_nothing():
-    torch.manual_seed(0)
-    context, candidates = torch.randn(2, 5, 8), torch.randn(7, 8)
-    padded = torch.cat([context, torch.zeros(2, 3, 8)], dim=1)
-    torch.testing.assert_close(poly_score(padded, candidates), poly_score(context, candidates))
-
-
-def test_code_order_changes_nothing():
-    torch.manual_seed(0)
-    context, candidates = torch.randn(2, 5, 8), torch.randn(7, 8)
-    torch.testing.assert_close(poly_score(context[:, torch.randperm(5)], candidates), poly_score(context, candidates))
-
-
-def test_one_vector_is_the_bi_encoder():
-    torch.manual_seed(0)
-    context, candidates = torch.randn(3, 1, 8), torch.randn(4, 8)
-    torch.testing.assert_close(poly_score(context, candidates), context[:, 0] @ candidates.T)
-
-
-def test_scores_lie_between_the_mean_and_the_largest_dot():
-    torch.manual_seed(0)
-    context, candidates = torch.randn(3, 6, 8) * 3, torch.randn(10, 8)
-    dots = torch.einsum("bmd,nd->bnm", context, candidates)
-    scores = poly_score(context, candidates)
-    assert (scores >= dots.mean(-1) - 1e-4).all()
-    assert (scores <= dots.amax(-1) + 1e-4).all()
-
-
 def test_a_context_of_padding_alone_scores_zero():
-    scores = poly_score(torch.zeros(1, 3, 4), torch.randn(2, 4))
-    assert scores.tolist() == [[0.0, 0.0]]
+    assert poly_score(torch.zeros(1, 3, 4), torch.randn(2, 4)).tolist() == [[0.0, 0.0]]
 
 
 @pytest.mark.parametrize("size", [1e4, 1e-20])
@@ -81,21 +51,14 @@ def test_extreme_sizes_stay_finite(size):
     assert poly_score(torch.randn(2, 3, 4) * size, torch.randn(5, 4) * size).isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_inputs_are_scored_in_float32(dtype):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_scores_are_float32_also_of_half_precision_and_under_autocast(dtype):
     torch.manual_seed(0)
     context, candidates = torch.randn(2, 3, 8).to(dtype), torch.randn(5, 8).to(dtype)
-    scores = poly_score(context, candidates)
-    assert scores.dtype == torch.float32
-    torch.testing.assert_close(scores, poly_score(context.float(), candidates.float()))
-
-
-def test_autocast_does_not_round_scores():
-    torch.manual_seed(0)
-    context, candidates = torch.randn(2, 3, 8), torch.randn(5, 8)
+    expected = poly_score(context.float(), candidates.float())
+    assert torch.equal(poly_score(context, candidates), expected)
     with torch.autocast("cpu", torch.bfloat16):
-        inside = poly_score(context, candidates)
-    assert torch.equal(inside, poly_score(context, candidates))
+        assert torch.equal(poly_score(context, candidates), expected)
 
 
 def test_gradient_is_exact():

@@ -26,6 +26,11 @@ try:
 except ModuleNotFoundError:
     pass
 path, out = sys.argv[1:]
+try:
+    AutoModel.from_pretrained(path, trust_remote_code=False)
+    raise SystemExit("code was run without being asked")
+except ValueError as error:
+    assert "trust_remote_code" in str(error)
 config = AutoConfig.from_pretrained(path, trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
 model = AutoModel.from_pretrained(path, trust_remote_code=True).eval()
@@ -51,58 +56,35 @@ print(type(model).__module__.split(".")[0], torch.equal(same, context))
     assert sources(tmp_path / "again") == sources(saved_poly_encoder)
 
 
-def test_the_code_is_not_run_without_being_asked(saved_poly_encoder, tmp_path):
-    code = """
-from transformers import AutoModel
-try:
-    AutoModel.from_pretrained(sys.argv[1], trust_remote_code=False)
-except ValueError as error:
-    print("trust_remote_code" in str(error))
-"""
-    assert run_without_package(code, str(saved_poly_encoder), cache=tmp_path).strip() == "True"
-
-
-def test_auto_map_names_both_files(saved_poly_encoder):
-    config = json.loads((saved_poly_encoder / "config.json").read_text())
-    assert config["auto_map"] == {
-        "AutoConfig": "configuration_poly_encoder.PolyEncoderConfig",
-        "AutoModel": "modeling_poly_encoder.PolyEncoderModel",
-    }
-
-
 def sources(folder):
     """The code in a folder, by file."""
     return {file.name: file.read_text(encoding="utf-8") for file in folder.glob("*.py")}
 
 
 def test_the_files_that_travel(saved_poly_encoder):
-    """With a Poly-encoder goes its code; with the other two, what the endpoint's handler needs."""
-    code = sources(saved_poly_encoder)
-    own = {"configuration_poly_encoder.py", "modeling_poly_encoder.py", "pipeline_poly_encoder.py"}
-    assert own | {"handler.py", "endpoint.py"} <= code.keys()
-    package = {file.name for file in Path(modeling.__file__).parent.glob("*.py")}
-    assert code.keys() == package - {"__init__.py"}
+    package = {file.name for file in Path(modeling.__file__).parent.glob("*.py")} - {"__init__.py"}
+    assert sources(saved_poly_encoder).keys() == package
+    # handler.py is the name that Inference Endpoints look for; the others' names say whose they are.
+    assert all(name.endswith("_poly_encoder.py") for name in package - {"handler.py"})
+    assert len(package) == 6
+    # A model's folder is put first on an endpoint's path, where a file may bear no library's name.
+    assert not [name for name in package if importlib.util.find_spec(name.removesuffix(".py"))]
+    assert json.loads((saved_poly_encoder / "config.json").read_text())["auto_map"] == {
+        "AutoConfig": "configuration_poly_encoder.PolyEncoderConfig",
+        "AutoModel": "modeling_poly_encoder.PolyEncoderModel",
+    }
 
 
 def test_travelling_files_import_nothing_but_torch_and_transformers(saved_poly_encoder):
     code = sources(saved_poly_encoder)
-    allowed = set(sys.stdlib_module_names) | {"torch", "transformers"}
+    allowed = sys.stdlib_module_names | {"torch", "transformers"}
     for name, text in code.items():
         for node in ast.walk(ast.parse(text)):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            if isinstance(node, ast.ImportFrom):
-                assert node.level == 0 or f"{node.module}.py" in code, (name, node.module)
-                names = [] if node.level else [node.module or ""]
-            for module in names:
-                assert module.split(".")[0] in allowed, (name, module)
-
-
-def test_no_travelling_file_hides_a_module(saved_poly_encoder):
-    """Inference Endpoints put a model's folder first on the path, where a file may bear no library's name."""
-    names = {name.removesuffix(".py") for name in sources(saved_poly_encoder)}
-    assert not names & set(sys.stdlib_module_names)
-    for name in names - {"handler"}:
-        assert importlib.util.find_spec(name) is None, name
+            if isinstance(node, ast.ImportFrom) and node.level:
+                assert f"{node.module}.py" in code, (name, node.module)
+            elif isinstance(node, ast.Import | ast.ImportFrom):
+                modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module]
+                assert {module.split(".")[0] for module in modules} <= allowed, (name, modules)
 
 
 THE_HUBS_SNIPPET = """
@@ -141,15 +123,6 @@ def test_the_hubs_own_snippet(poly_encoder, saved_poly_encoder, tmp_path):
     assert json.loads(out.splitlines()[-1]) == [pytest.approx(expected, rel=1e-5)] * 2
 
 
-def put_into_cache(cache, repo_id, commits):
-    """Snapshots as a download leaves them: one folder a commit, the last one `main`."""
-    repo = cache / f"models--{repo_id.replace('/', '--')}"
-    for commit, folder in commits.items():
-        shutil.copytree(folder, repo / "snapshots" / commit)
-    (repo / "refs").mkdir()
-    (repo / "refs" / "main").write_text(list(commits)[-1])
-
-
 PINNED = """
 import json
 from transformers import AutoConfig, AutoModel, AutoTokenizer, pipeline
@@ -172,22 +145,20 @@ print(json.dumps(out))
 
 def test_a_pinned_revision_has_its_own_weights_and_code(saved_poly_encoder, tmp_path, monkeypatch):
     """Two commits whose weights and code differ: the older one, by its id, is not run with the newer one's code."""
-    commits = {}
+    repo = tmp_path / "hub" / "models--acme--poly"  # as a download leaves it
     for number in (1, 2):
-        folder = tmp_path / f"commit{number}"
+        folder = repo / "snapshots" / (str(number) * 40)
         shutil.copytree(saved_poly_encoder, folder)
         weights = load_file(folder / "model.safetensors")
         # One coordinate only: layer norm's outputs sum to 0, so that codes of equal coordinates look everywhere alike.
         weights["codes"] = torch.zeros_like(weights["codes"])
         weights["codes"][:, 0] = number
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-        code = folder / "modeling_poly_encoder.py"
-        marked = code.read_text().replace(
-            "    config_class = ", f"    num_codes_said = {number}\n    config_class = ", 1
-        )
-        code.write_text(marked)
-        commits[str(number) * 40] = folder
-    put_into_cache(tmp_path / "hub", "acme/poly", commits)
+        code, marked = folder / "modeling_poly_encoder.py", f"    num_codes_said = {number}\n    config_class = "
+        code.write_text(code.read_text().replace("    config_class = ", marked, 1))
+        (folder / "handler.py").write_text("import what_an_endpoint_alone_has  # a user's own\n")
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("2" * 40)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     latest, pinned = json.loads(run_without_package(PINNED, cache=tmp_path).splitlines()[-1])
     assert latest[:3] == [4, 2.0, 2]

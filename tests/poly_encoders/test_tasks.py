@@ -5,6 +5,7 @@ import json
 import pytest
 
 from poly_encoders import CandidateRankingEvaluator
+from poly_encoders.modeling.text_poly_encoder import CheckedText
 from poly_encoders.tasks import TASKS, read_task
 
 CONVAI2 = """1 your persona: i have two cats.
@@ -33,36 +34,28 @@ UBUNTU_V2 = """Context,Ground Truth Utterance,Distractor_0,Distractor_1
 "hi __eou__ it fails __eou__ __eot__ what does ? __eou__ __eot__ ",apt __eou__,"no, never __eou__",yes __eou__
 """
 
-WIKIPEDIA = "the cat sat .\tit slept .\tit woke .\nrain fell .\tthe sea rose .\n"
-DOCUMENTS = "ships sail .\tthey sink .\nwind blows .\n"
+SETS = '{"context": ["a", "b"], "candidates": ["x", "y"], "label": 1}\n\n{"context": "c", "candidates": ["z"]}\n'
+CONTENTS = {
+    "convai2": [CONVAI2],
+    "dstc7": [json.dumps(DSTC7), "7\tB\t 18.04 \n"],
+    "ubuntu-v2": [UBUNTU_V2],
+    "jsonl": [SETS],
+}
 
 
 @pytest.fixture
 def files(tmp_path):
-    contents = {
-        "convai2": [CONVAI2],
-        "dstc7": [json.dumps(DSTC7), "7\tB\t 18.04 \n"],
-        "ubuntu-v2": [UBUNTU_V2],
-        "wikipedia": [WIKIPEDIA, DOCUMENTS],
-        "jsonl": [
-            '{"context": ["a", "b"], "candidates": ["x", "y"], "label": 1}\n\n{"context": "c", "candidates": ["z"]}\n'
-        ],
-    }
-    paths = {}
-    for task, texts in contents.items():
-        paths[task] = []
-        for position, text in enumerate(texts):
-            path = tmp_path / f"{task}-{position}.txt"
+    paths = {task: [tmp_path / f"{task}-{place}.txt" for place in range(len(CONTENTS[task]))] for task in CONTENTS}
+    for task, texts in CONTENTS.items():
+        for path, text in zip(paths[task], texts, strict=True):
             path.write_text(text, encoding="utf-8")
-            paths[task].append(path)
     return paths
 
 
 def test_convai2(files):
     """Persona and message are one turn, as the original reads them; replies become turns of what follows."""
-    sets = read_task("convai2", files["convai2"])
     persona = "your persona: i have two cats.\nyour persona: i like tea.\nhello !"
-    assert sets.samples == [
+    assert read_task("convai2", files["convai2"]) == [
         {"context": [persona], "candidates": ["no", "hi , how are you ?", "tea"], "label": 1},
         {
             "context": [persona, "hi , how are you ?", "fine . you ?"],
@@ -75,11 +68,11 @@ def test_convai2(files):
             "label": 1,
         },
     ]
-    assert sets.shared_candidates == []
+    assert len(read_task("convai2", files["convai2"], max_examples=2)) == 2
 
 
 def test_dstc7_with_its_answers_apart(files):
-    (sample,) = read_task("dstc7", files["dstc7"]).samples
+    (sample,) = read_task("dstc7", files["dstc7"])
     assert sample["context"] == "participant 1: it does not boot\nparticipant 2: which release?\n"
     assert sample["candidates"] == ["reboot", " 18.04 "]
     assert sample["label"] == 1
@@ -88,46 +81,32 @@ def test_dstc7_with_its_answers_apart(files):
 def test_dstc7_with_its_answers_inside(files):
     example = DSTC7[0] | {"options-for-correct-answers": [{"candidate-id": "C", "utterance": "none of these"}]}
     files["dstc7"][0].write_text(json.dumps([example]))
-    (sample,) = read_task("dstc7", files["dstc7"][:1]).samples
+    (sample,) = read_task("dstc7", files["dstc7"][:1])
     assert sample["candidates"] == ["none of these", "reboot", " 18.04 "]
     assert sample["label"] == 0
 
 
 def test_ubuntu_v2(files):
-    (sample,) = read_task("ubuntu-v2", files["ubuntu-v2"]).samples
+    (sample,) = read_task("ubuntu-v2", files["ubuntu-v2"])
     assert sample["context"] == "hi . it fails . \n what does ? ."
     assert sample["candidates"] == ["apt .", "no, never .", "yes ."]
     assert sample["label"] == 0
 
 
-def test_wikipedia(files):
-    sets = read_task("wikipedia", files["wikipedia"])
-    assert sets.shared_candidates == ["ships sail . they sink .", "wind blows ."]
-    for sample, line in zip(sets.samples, WIKIPEDIA.splitlines(), strict=True):
-        sentences = line.split("\t")
-        assert sample["context"] in sentences
-        sentences.remove(sample["context"])
-        assert sample["candidates"] == [" ".join(sentences)]
-    assert read_task("wikipedia", files["wikipedia"]).samples == sets.samples
-
-
-def test_sets_of_ones_own(files):
+def test_sets_of_ones_own_need_no_other_look(files):
     sets = read_task("jsonl", files["jsonl"])
-    assert [sample["context"] for sample in sets.samples] == [["a", "b"], "c"]
+    assert [(sample["context"], sample["candidates"], sample["label"]) for sample in sets] == [
+        (["a", "b"], ["x", "y"], 1),
+        ("c", ["z"], 0),
+    ]
+    texts = [*sets[0]["context"], sets[1]["context"], *sets[0]["candidates"], *sets[1]["candidates"]]
+    assert all(isinstance(text, CheckedText) for text in texts)
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_every_task_can_be_evaluated(task, files, poly_encoder):
-    sets = read_task(task, files[task])
-    evaluator = CandidateRankingEvaluator(
-        sets.samples, at_k=TASKS[task].at_k, shared_candidates=sets.shared_candidates, show_progress_bar=False
-    )
-    results = evaluator(poly_encoder)
-    assert set(results) == {f"recall@{k}" for k in TASKS[task].at_k} | {"mrr"}
-
-
-def test_only_the_first_examples(files):
-    assert len(read_task("convai2", files["convai2"], max_examples=2).samples) == 2
+    evaluator = CandidateRankingEvaluator(read_task(task, files[task]), at_k=TASKS[task].at_k, show_progress_bar=False)
+    assert set(evaluator(poly_encoder)) == {f"recall@{k}" for k in TASKS[task].at_k} | {"mrr"}
 
 
 @pytest.mark.parametrize(
@@ -145,7 +124,6 @@ def test_only_the_first_examples(files):
         ("dstc7", json.dumps(DSTC7).replace('"reboot"', "3"), "Example 0.*must be a string"),
         ("dstc7", '["text"]', "Example 0"),
         ("ubuntu-v2", "Context,Utterance,Label\na,b,1\n", "Line 2.*distractors"),
-        ("wikipedia", "one sentence\n", "Line 1.*two sentences"),
         ("jsonl", "{\n", "Line 1.*JSON object"),
         ("jsonl", "[]\n", "Line 1.*JSON object"),
         ("jsonl", '{"context": 5, "candidates": ["a"]}\n', "Line 1.*A context is"),
@@ -163,11 +141,6 @@ def test_files_of_another_format(task, content, match, files):
         read_task(task, paths)
 
 
-def test_another_number_of_files(files):
-    with pytest.raises(ValueError, match=r"wikipedia_test10k.txt wikipedia_test_basedocs.txt, but got 1"):
-        read_task("wikipedia", files["wikipedia"][:1])
-
-
 @pytest.mark.parametrize("task", TASKS)
 def test_a_file_that_is_no_text(task, files):
     files[task][0].write_bytes(b"\x1f\x8b\x08\x00 an archive")
@@ -175,6 +148,8 @@ def test_a_file_that_is_no_text(task, files):
         read_task(task, files[task])
 
 
-def test_another_task(files):
+def test_other_tasks_and_numbers_of_files(files):
     with pytest.raises(ValueError, match="no task 'squad'"):
         read_task("squad", files["jsonl"])
+    with pytest.raises(ValueError, match=r"subtask_1.json ubuntu_responses_subtask_1.tsv, but got 4"):
+        read_task("dstc7", files["dstc7"] * 2)

@@ -2,20 +2,19 @@
 
 import os
 import shutil
+import signal
 import socket
-import subprocess
-import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 
-APP = Path(__file__).parents[2] / "hub_cards" / "space" / "app.py"
+import forks
+
 # No address but this machine's resolves, so that a page that needs another fails.
 _FLAGS = [
     "--headless=new",
@@ -63,13 +62,8 @@ def headless_browser(width: int = 1280, height: int = 900, dark: bool = False) -
 
 
 @contextmanager
-def running_demo(model: str, command: Sequence[str] = (str(APP),), seconds: float = 300) -> Iterator[str]:
-    """The address of the demo with this model, until the block ends.
-
-    Args:
-        model: A folder.
-        command: What Python is given before the model: the Space's app, unless told.
-        seconds: To wait for it.
+def running_demo(model: str, seconds: float = 300) -> Iterator[str]:
+    """The address of `poly-encoders demo` with this model, a folder, until the block ends.
 
     Raises:
         RuntimeError: it stopped, or did not answer in time; with what it printed.
@@ -78,25 +72,18 @@ def running_demo(model: str, command: Sequence[str] = (str(APP),), seconds: floa
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     options = ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
-    with tempfile.TemporaryFile("w+") as output:
-        process = subprocess.Popen(
-            [sys.executable, *command, model, *options], stdout=output, stderr=subprocess.STDOUT, env=_environment()
-        )
-        try:
-            url, start = f"http://127.0.0.1:{port}", time.monotonic()
-            while not _answers(url):
-                if process.poll() is not None or time.monotonic() - start > seconds:
-                    output.seek(0)
-                    raise RuntimeError(f"The demo does not answer:\n{output.read()[-3000:]}")
-                time.sleep(0.3)
-            yield url
-        finally:
-            process.terminate()
-            try:
-                process.wait(timeout=20)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+    process = forks.Process(["-m", "poly_encoders", "demo", model, *options], env=_environment())
+    try:
+        url, start = f"http://127.0.0.1:{port}", time.monotonic()
+        while not _answers(url):
+            if process.poll() is not None or time.monotonic() - start > seconds:
+                raise RuntimeError(f"The demo does not answer:\n{process.stderr.read()[-3000:]}")
+            time.sleep(0.3)
+        yield url
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            process.wait(timeout=20)
 
 
 def _environment() -> dict[str, str]:

@@ -1,8 +1,6 @@
-"""Running clients against the stand-in Hub: in a fresh process with an empty cache, or in this one."""
+"""Running clients against the stand-in Hub: in another process with an empty cache, or in this one."""
 
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,37 +8,23 @@ from unittest import mock
 
 import huggingface_hub.constants
 
+import forks
 from hub_server import Hub
-from without_package import HIDE
 
 
 def run_python(
-    code: str,
-    *arguments: str,
-    hub: Hub,
-    token: str | None = "hf_alice",
-    home: Path | None = None,
-    hide_package: bool = False,
+    code: str, *arguments: object, hub: Hub, token: str | None = "hf_alice", hide_package: bool = False
 ) -> str:
-    """Run `code` in a fresh process that takes `hub` for the Hub; what it printed.
+    """Run `code` in a process with an empty cache that takes `hub` for the Hub; what it printed.
 
     Args:
         code: Python, with `arguments` in `sys.argv[1:]`.
         token: What the process is logged in with; None for nobody.
-        home: Folder of its cache; a new, empty one when left out.
         hide_package: Have the import of poly_encoders fail, as where it is not installed.
     """
-    environment = hub.environment(token, home)
-    done = subprocess.run(
-        [sys.executable, "-c", (HIDE if hide_package else "import sys\n") + code, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=environment["HF_HOME"],
-        check=False,
-    )
-    assert done.returncode == 0, f"{done.stdout[-1000:]}\n{done.stderr[-5000:]}"
-    return done.stdout
+    environment = hub.environment(token)
+    home = Path(environment["HF_HOME"])
+    return forks.run(["-c", f"import sys\n{code}", *arguments], env=environment, cwd=home, hide=hide_package)
 
 
 @contextmanager

@@ -1,41 +1,34 @@
-"""The stand-in Hub's answers: the part of the Hub's HTTP API that huggingface_hub uses to push and to load."""
+"""The stand-in Hub's answers, and what it keeps: the part of the Hub's HTTP API that pushes and loads models."""
 
 import base64
-import contextlib
 import hashlib
-import hmac
 import json
 import re
 import secrets
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any, Protocol
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 from urllib.parse import unquote
 
-import yaml
+from hub_metadata import check_card
 
-from hub_metadata import check_card, front_matter
-from hub_store import Commit, Refused, Repository, Store, User, git_oid
-
-_API = r"/api/(?P<kind>model|dataset|space)s/(?P<name>[^/]+/[^/]+)"
-_WEB = r"/(?:(?P<kind>dataset|space)s/)?(?P<name>[^/]+/[^/]+?)"
+_API = r"/api/models/(?P<name>[^/]+/[^/]+)"
+_LARGE = re.compile(r".*\.(safetensors|bin|pt|pth|onnx|model)")  # stored through LFS
+_ROUTES: list[tuple[tuple[str, ...], re.Pattern[str], Callable[..., Any]]] = []
 
 
-class Request(Protocol):
-    """What a route sees of a request."""
+class Refused(Exception):  # noqa: N818 - an answer like another
+    """A request that the Hub answers with an error. The client chooses its exception by `code`."""
 
-    command: str
-    query: dict[str, str]
-    user: User | None
-    headers: Any
-
-    def chunks(self) -> Iterator[bytes]: ...
-
-    def json(self) -> Any: ...
+    def __init__(self, status: int, message: str, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
 
 
 class Answer:
-    """An answer that is not just JSON with status 200. A `Path` is sent as that file's content."""
+    """An answer that is not just JSON with status 200; bytes are sent as they are."""
 
     def __init__(self, content: Any = None, status: int = 200, headers: dict[str, Any] | None = None) -> None:
         self.content = content
@@ -43,305 +36,278 @@ class Answer:
         self.headers = headers or {}
 
 
-_ROUTES: list[tuple[tuple[str, ...], re.Pattern[str], str]] = []
+@dataclass(frozen=True)
+class User:
+    name: str
+    organisations: tuple[str, ...] = ()
+    may_write: bool = True  # what the token allows
+
+
+@dataclass(frozen=True)
+class File:
+    content: bytes
+    sha256: str | None = None  # where it is stored through LFS
+
+    @property
+    def oid(self) -> str:
+        stored = self.content if self.sha256 is None else f"{self.sha256} {len(self.content)}".encode()
+        return hashlib.sha1(b"blob %d\0" % len(stored) + stored).hexdigest()
+
+    def describe(self, path: str) -> dict[str, Any]:
+        shown: dict[str, Any] = {"type": "file", "path": path, "oid": self.oid, "size": len(self.content)}
+        if self.sha256 is not None:
+            shown["lfs"] = {"oid": self.sha256, "sha256": self.sha256, "size": shown["size"], "pointerSize": 130}
+        return shown
+
+
+@dataclass(frozen=True)
+class Commit:
+    oid: str
+    parent: str | None
+    title: str
+    author: str
+    tree: dict[str, File]
+
+
+@dataclass
+class Repository:
+    private: bool = False
+    refs: dict[str, str] = field(default_factory=dict)  # "refs/heads/main" -> commit
+    commits: dict[str, Commit] = field(default_factory=dict)
+    objects: dict[str, bytes] = field(default_factory=dict)  # sha256 -> what was uploaded, committed or not
+
+    def find(self, revision: str) -> Commit:
+        """The commit that a branch, a tag, a full ref or a hash names."""
+        for ref in (revision, f"refs/heads/{revision}", f"refs/tags/{revision}"):
+            if ref in self.refs:
+                return self.commits[self.refs[ref]]
+        if revision in self.commits:
+            return self.commits[revision]
+        raise Refused(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+
+    def add_commit(self, ref: str, tree: dict[str, File], title: str, author: str, parent: str | None) -> Commit:
+        commit = Commit(secrets.token_hex(20), parent, title, author, tree)
+        self.commits[commit.oid] = commit
+        self.refs[ref] = commit.oid
+        return commit
+
+    def history(self, revision: str = "main") -> list[Commit]:
+        """The commits of a branch, newest first."""
+        found = [self.find(revision)]
+        while (parent := found[-1].parent) is not None:
+            found.append(self.commits[parent])
+        return found
 
 
 def _route(methods: str, pattern: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def note(function: Callable[..., Any]) -> Callable[..., Any]:
-        _ROUTES.append((tuple(methods.split()), re.compile(pattern), function.__name__))
+        _ROUTES.append((tuple(methods.split()), re.compile(pattern), function))
         return function
 
     return note
 
 
-class Routes(Store):
+class Routes:
     """Answers to requests. `url` is the API's address; `storage_url` another host's, as on the Hub."""
 
-    def __init__(self, root: Path) -> None:
-        super().__init__(root)
-        self.url = ""
-        self.storage_url = ""
-        self._key = secrets.token_bytes(16)
+    def __init__(self) -> None:
+        self.url = self.storage_url = ""
+        self.users: dict[str, User] = {}  # by token
+        self.repositories: dict[str, Repository] = {}
+        self.uploads: dict[str, bytes] = {}  # sha256 -> what was sent to the storage
+        self.signature = secrets.token_hex(8)
+        self.lock = threading.Lock()
 
-    def answer(self, request: Request, path: str) -> Answer:
+    def answer(self, request: Any, path: str) -> Answer:
         """The answer to a request for `path`, which is still quoted: a revision may be refs%2Fpr%2F1."""
         for methods, pattern, route in _ROUTES:
             match = pattern.fullmatch(path)
             if match and request.command in methods:
                 parts = {key: unquote(value) if value else None for key, value in match.groupdict().items()}
-                if "kind" in parts:
-                    parts["kind"] = parts["kind"] or "model"
-                lock = contextlib.nullcontext() if route == "storage" else self.lock
-                with lock:
-                    found = getattr(self, route)(request, **parts)
+                with self.lock:
+                    found = route(self, request, **parts)
                 return found if isinstance(found, Answer) else Answer(found)
-        hint = " (it does not speak Xet: set HF_HUB_DISABLE_XET=1)" if "/xet-" in path else ""
-        raise Refused(404, f"The stand-in Hub has no {request.command} {path}{hint}")
+        raise Refused(404, f"The stand-in Hub has no {request.command} {path}")
 
-    def page(self, kind: str, name: str, tail: str = "") -> str:
-        return f"{self.url}/{'' if kind == 'model' else kind + 's/'}{name}{tail}"
+    # --- for tests -----------------------------------------------------------------------------------------------
 
-    # --- users and repositories ----------------------------------------------------------------------------------
+    def files(self, name: str, revision: str = "main") -> dict[str, bytes]:
+        """Path to content of every file that the repository was given; not the Hub's own .gitattributes."""
+        tree = self.repositories[name].find(revision).tree
+        return {path: file.content for path, file in tree.items() if path != ".gitattributes"}
+
+    def titles(self, name: str, revision: str = "main") -> list[str]:
+        """The first lines of a branch's commits, newest first."""
+        return [commit.title for commit in self.repositories[name].history(revision)]
+
+    def state(self) -> dict[str, dict[str, str]]:
+        """Every repository's refs. Equal before and after means that nothing that a visitor sees has changed."""
+        return {name: dict(repository.refs) for name, repository in self.repositories.items()}
+
+    # --- rights --------------------------------------------------------------------------------------------------
+
+    def user_of(self, token: str) -> User | None:
+        if token and token not in self.users:
+            raise Refused(401, "Invalid credentials in Authorization header")
+        return self.users.get(token)
+
+    def writer(self, user: User | None, name: str | None = None) -> User:
+        """The user, who may write: to everything in the namespace of `name`, or at all."""
+        if user is None:
+            raise Refused(401, "Invalid username or password.")
+        if not user.may_write:
+            raise Refused(403, "Forbidden: this token is read-only, use a token with the 'write' role")
+        if name is not None and name.split("/")[0] not in (user.name, *user.organisations):
+            raise Refused(403, f"You don't have the rights to write under the namespace of {name}")
+        return user
+
+    def visible(self, user: User | None, name: str) -> Repository:
+        """The repository, if this user may read it; a private one looks to others as if it were not there."""
+        repository = self.repositories.get(name)
+        members = () if user is None else (user.name, *user.organisations)
+        if repository is None or (repository.private and name.split("/")[0] not in members):
+            raise Refused(401 if user is None else 404, "Repository not found", "RepoNotFound")
+        return repository
+
+    # --- users, repositories, revisions --------------------------------------------------------------------------
 
     @_route("GET", "/api/whoami-v2")
-    def whoami(self, request: Request) -> dict[str, Any]:
-        user = self.signed_in(request.user)
-        role = "write" if user.may_write else "read"
-        return {
-            "type": "user",
-            "name": user.name,
-            "orgs": [{"type": "org", "name": name} for name in user.organisations],
-            "auth": {"type": "access_token", "accessToken": {"displayName": "test", "role": role}},
-        }
+    def whoami(self, request: Any) -> dict[str, Any]:
+        if (user := request.user) is None:
+            raise Refused(401, "Invalid username or password.")
+        token = {"displayName": "test", "role": "write" if user.may_write else "read"}
+        groups = [{"type": "org", "name": name} for name in user.organisations]
+        return {"type": "user", "name": user.name, "orgs": groups, "auth": {"accessToken": token}}
 
     @_route("POST", "/api/repos/create")
-    def create_repository(self, request: Request) -> Any:
+    def create_repository(self, request: Any) -> Any:
         asked = request.json()
-        kind, short = asked.get("type") or "model", asked["name"]
-        name = f"{asked.get('organization') or self.signed_in(request.user).name}/{short}"
+        name = f"{asked.get('organization') or getattr(request.user, 'name', None)}/{asked['name']}"
         user = self.writer(request.user, name)
-        if not re.fullmatch(r"\w([\w.-]{0,94}\w)?", short, re.ASCII) or re.search(r"--|\.\.", short):
-            raise Refused(400, f"Invalid repo name: {name}")
-        found = {"url": self.page(kind, name), "name": name}
-        if (kind, name) in self.repositories:
-            return Answer({"error": f"You already created this {kind} repo", **found}, 409)
-        self.create(kind, name, asked.get("visibility") == "private", user)
-        return found
-
-    @_route("DELETE", "/api/repos/delete")
-    def delete_repository(self, request: Request) -> dict[str, Any]:
-        asked = request.json()
-        kind = asked.get("type") or "model"
-        name = f"{asked.get('organization') or self.signed_in(request.user).name}/{asked['name']}"
-        self.visible(request.user, kind, name)
-        self.writer(request.user, name)
-        del self.repositories[kind, name]
-        return {}
+        if name in self.repositories:
+            raise Refused(409, "You already created this model repo")
+        repository = self.repositories[name] = Repository(asked.get("visibility") == "private")
+        repository.add_commit("refs/heads/main", {".gitattributes": File(b"*")}, "initial commit", user.name, None)
+        return {"url": f"{self.url}/{name}", "name": name}
 
     @_route("GET", _API + "(?:/revision/(?P<revision>[^/]+))?")
-    def info(self, request: Request, kind: str, name: str, revision: str | None) -> dict[str, Any]:
-        repository = self.visible(request.user, kind, name)
+    def info(self, request: Any, name: str, revision: str | None) -> dict[str, Any]:
+        repository = self.visible(request.user, name)
         commit = repository.find(revision or "main")
-        card: dict[str, Any] = {}
-        with contextlib.suppress(yaml.YAMLError):
-            card = front_matter(self.text(commit.tree, "README.md"))
-        config = json.loads(self.text(commit.tree, "config.json") or "{}")
-        tags = [card.get("library_name"), card.get("pipeline_tag"), *(card.get("tags") or []), config.get("model_type")]
-        tags += ["custom_code"] if "auto_map" in config else []
-        return {
-            "id": name,
-            "modelId": name,
-            "author": name.split("/")[0],
-            "sha": commit.oid,
-            "private": repository.private,
-            "lastModified": commit.date,
-            "disabled": False,
-            "downloads": 0,
-            "likes": 0,
-            "cardData": card,
-            "config": config,
-            "tags": [tag for tag in dict.fromkeys(tags) if tag],
-            "pipeline_tag": card.get("pipeline_tag"),
-            "library_name": card.get("library_name"),
-            "siblings": [
-                {"rfilename": path, "blobId": entry.oid, **entry.describe(path)}
-                for path, entry in sorted(commit.tree.items())
-            ],
-        }
+        files = [{"rfilename": path} for path in sorted(commit.tree)]
+        return {"id": name, "sha": commit.oid, "private": repository.private, "tags": [], "siblings": files}
 
-    # --- history -------------------------------------------------------------------------------------------------
-
-    @_route("GET", _API + "/refs")
-    def refs(self, request: Request, kind: str, name: str) -> dict[str, Any]:
-        groups: dict[str, list[dict[str, str]]] = {"heads": [], "tags": [], "pr": []}
-        for ref, oid in self.visible(request.user, kind, name).refs.items():
-            _, group, short = ref.split("/", 2)
-            groups[group].append({"name": short, "ref": ref, "targetCommit": oid})
-        return {"branches": groups["heads"], "tags": groups["tags"], "pullRequests": groups["pr"], "converts": []}
-
-    @_route("GET", _API + "/commits/(?P<revision>[^/]+)")
-    def commits(self, request: Request, kind: str, name: str, revision: str) -> list[dict[str, Any]]:
-        return [
-            {"id": commit.oid, "title": commit.title, "message": "", "date": commit.date, "authors": []}
-            for commit in self.visible(request.user, kind, name).history(revision)
-        ]
-
-    @_route("POST DELETE", _API + "/branch/(?P<branch>[^/]+)")
-    def branch(self, request: Request, kind: str, name: str, branch: str) -> dict[str, Any]:
-        start = request.json().get("startingPoint", "main") if request.command == "POST" else None
-        return self._change_ref(request, kind, name, f"refs/heads/{branch}", start)
-
-    @_route("POST DELETE", _API + "/tag/(?P<revision>[^/]+)")
-    def tag(self, request: Request, kind: str, name: str, revision: str) -> dict[str, Any]:
-        if request.command == "DELETE":
-            return self._change_ref(request, kind, name, f"refs/tags/{revision}", None)
-        return self._change_ref(request, kind, name, f"refs/tags/{request.json()['tag']}", revision)
-
-    def _change_ref(self, request: Request, kind: str, name: str, ref: str, start: str | None) -> dict[str, Any]:
-        """Make `ref` at the revision `start`, or remove it."""
-        repository = self.visible(request.user, kind, name)
+    @_route("POST", _API + "/(?P<kind>branch|tag)/(?P<revision>[^/]+)")
+    def make_ref(self, request: Any, name: str, kind: str, revision: str) -> dict[str, Any]:
+        repository, asked = self.visible(request.user, name), request.json()
         self.writer(request.user, name)
-        if start is None:
-            if repository.refs.pop(ref, None) is None:
-                raise Refused(404, f"Invalid rev id: {ref}", "RevisionNotFound")
-        elif ref in repository.refs:
-            raise Refused(409, f"Reference already exists: {ref}")
-        else:
-            repository.refs[ref] = repository.find(start).oid
+        made = f"refs/heads/{revision}" if kind == "branch" else f"refs/tags/{asked['tag']}"
+        if made in repository.refs:
+            raise Refused(409, f"Reference already exists: {made}")
+        start = asked.get("startingPoint", "main") if kind == "branch" else revision
+        repository.refs[made] = repository.find(start).oid
         return {}
 
     # --- reading -------------------------------------------------------------------------------------------------
 
     @_route("GET", _API + "/tree/(?P<revision>[^/]+)(?:/(?P<folder>.+))?")
-    def tree(
-        self, request: Request, kind: str, name: str, revision: str, folder: str | None
-    ) -> list[dict[str, Any]] | Answer:
-        commit = self.visible(request.user, kind, name).find(revision)
-        inside = f"{folder.strip('/')}/" if folder else ""
-        recursive = request.query.get("recursive", "").lower() == "true"
-        found: dict[str, dict[str, Any]] = {}
-        for path, entry in sorted(commit.tree.items()):
-            if not path.startswith(inside):
-                continue
-            *parents, _ = path.removeprefix(inside).split("/")
-            for depth in range(1, 1 + (len(parents) if recursive else min(1, len(parents)))):
-                name_of = inside + "/".join(parents[:depth])
-                found[name_of] = {"type": "directory", "path": name_of, "oid": git_oid(name_of.encode()), "size": 0}
-            if recursive or not parents:
-                found[path] = entry.describe(path)
+    def tree(self, request: Any, name: str, revision: str, folder: str | None) -> list[dict[str, Any]]:
+        tree = self.visible(request.user, name).find(revision).tree
+        found = [file.describe(path) for path, file in tree.items() if path.startswith(f"{folder}/" if folder else "")]
         if folder and not found:
-            raise Refused(404, f"{folder} does not exist on {revision}", "EntryNotFound", commit.oid)
-        return list(found.values())
+            raise Refused(404, f"{folder} does not exist on {revision}", "EntryNotFound")
+        return found
 
-    @_route("POST", _API + "/paths-info/(?P<revision>[^/]+)")
-    def paths_info(self, request: Request, kind: str, name: str, revision: str) -> list[dict[str, Any]]:
-        commit, paths = self.visible(request.user, kind, name).find(revision), request.json()["paths"]
-        return [commit.tree[path].describe(path) for path in paths if path in commit.tree]
-
-    @_route("GET HEAD", _WEB + "/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
-    def download(self, request: Request, kind: str, name: str, revision: str, path: str) -> Answer:
-        repository = self.visible(request.user, kind, name)
-        commit = repository.find(revision)
+    @_route("GET HEAD", "/(?P<name>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
+    def download(self, request: Any, name: str, revision: str, path: str) -> Answer:
+        commit = self.visible(request.user, name).find(revision)
         if path not in commit.tree:
-            raise Refused(404, "Entry not found", "EntryNotFound", commit.oid)
-        entry = commit.tree[path]
-        headers: dict[str, Any] = {"X-Repo-Commit": commit.oid, "ETag": f'"{entry.oid}"'}
-        if entry.sha256 is None:
-            return Answer(self.blob(entry.oid), headers=headers)
-        headers |= {"X-Linked-Size": entry.size, "X-Linked-ETag": f'"{entry.sha256}"'}
-        return Answer(None, 302, headers | {"Location": self._link("GET", entry.sha256)})
+            return Answer(None, 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit.oid})
+        file = commit.tree[path]
+        headers = {"X-Repo-Commit": commit.oid, "ETag": f'"{file.oid}"'}
+        if file.sha256 is None:
+            return Answer(file.content, headers=headers)
+        headers |= {"X-Linked-Size": len(file.content), "X-Linked-ETag": f'"{file.sha256}"'}
+        return Answer(None, 302, headers | {"Location": self._link(file.sha256)})
 
     # --- writing -------------------------------------------------------------------------------------------------
 
     @_route("POST", "/api/validate-yaml")
-    def validate_yaml(self, request: Request) -> Answer:
-        errors, warnings = check_card(request.json()["content"])
-        found = {"errors": [{"message": text} for text in errors], "warnings": [{"message": text} for text in warnings]}
-        return Answer(found, 400 if errors else 200)
+    def validate_yaml(self, request: Any) -> Answer:
+        errors = [{"message": text} for text in check_card(request.json()["content"])]
+        return Answer({"errors": errors, "warnings": []}, 400 if errors else 200)
 
     @_route("POST", _API + "/preupload/(?P<revision>[^/]+)")
-    def preupload(self, request: Request, kind: str, name: str, revision: str) -> dict[str, Any]:
+    def preupload(self, request: Any, name: str, revision: str) -> dict[str, Any]:
         """Say of each file how it is to be sent, and the id of what is there now."""
-        repository = self.visible(request.user, kind, name)
-        if "create_pr" not in request.query:
-            self.writer(request.user, name)
-        tree, found = repository.find(revision).tree, []
+        tree, found = self.visible(request.user, name).find(revision).tree, []
+        self.writer(request.user, None if "create_pr" in request.query else name)
         for file in request.json()["files"]:
-            path, old = file["path"], tree.get(file["path"])
-            lfs = self.goes_through_lfs(tree, path, file["size"], base64.b64decode(file.get("sample", "")))
+            old, mode = tree.get(file["path"]), "lfs" if _LARGE.fullmatch(file["path"]) else "regular"
             oid = None if old is None else old.sha256 or old.oid
-            found.append({"path": path, "uploadMode": "lfs" if lfs else "regular", "shouldIgnore": False, "oid": oid})
+            found.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False, "oid": oid})
         return {"files": found}
 
-    @_route("POST", _WEB + r"\.git/info/lfs/objects/batch")
-    def lfs_batch(self, request: Request, kind: str, name: str) -> dict[str, Any]:
-        """Where to send each object; nowhere, where it was uploaded before."""
-        repository = self.visible(request.user, kind, name)
-        self.signed_in(request.user)
-        verify = {"href": self.page(kind, name, ".git/info/lfs/objects/verify")}
-        objects = []
-        for item in request.json()["objects"]:
-            known = {"oid": item["oid"], "size": item["size"]}
-            if item["oid"] not in repository.objects:
-                known["actions"] = {"upload": {"href": self._link("PUT", item["oid"])}, "verify": verify}
-            objects.append(known)
-        return {"transfer": "basic", "objects": objects}
-
-    @_route("POST", _WEB + r"\.git/info/lfs/objects/verify")
-    def lfs_verify(self, request: Request, kind: str, name: str) -> dict[str, Any]:
-        repository = self.visible(request.user, kind, name)
-        self.signed_in(request.user)
-        asked = request.json()
-        blob = self.blob(asked["oid"])
-        if not blob.exists() or blob.stat().st_size != asked["size"]:
-            raise Refused(404, f"The LFS object {asked['oid']} was not uploaded whole")
-        repository.objects.add(asked["oid"])
-        return {}
+    @_route("POST", r"/(?P<name>[^/]+/[^/]+?)\.git/info/lfs/objects/(?P<what>batch|verify)")
+    def lfs(self, request: Any, name: str, what: str) -> dict[str, Any]:
+        """Where to send each object (nowhere, where it was uploaded before), and whether it came."""
+        objects, asked = self.visible(request.user, name).objects, request.json()
+        self.writer(request.user)
+        if what == "verify":
+            if len(self.uploads.get(asked["oid"], b"")) != asked["size"]:
+                raise Refused(404, f"The LFS object {asked['oid']} was not uploaded whole")
+            objects[asked["oid"]] = self.uploads[asked["oid"]]
+            return {}
+        verify = {"href": f"{self.url}/{name}.git/info/lfs/objects/verify"}
+        for item in asked["objects"]:
+            if item["oid"] not in objects:
+                item["actions"] = {"upload": {"href": self._link(item["oid"])}, "verify": verify}
+        return {"transfer": "basic", "objects": asked["objects"]}
 
     @_route("POST", _API + "/commit/(?P<revision>[^/]+)")
-    def commit(self, request: Request, kind: str, name: str, revision: str) -> dict[str, Any]:
+    def commit(self, request: Any, name: str, revision: str) -> dict[str, Any]:
         """All changes of a commit or none."""
-        first, *lines = [json.loads(line) for line in b"".join(request.chunks()).splitlines()]
+        first, *lines = [json.loads(line) for line in request.body().splitlines()]
         header, is_pull_request = first["value"], "create_pr" in request.query
-        repository = self.visible(request.user, kind, name)
+        repository = self.visible(request.user, name)
         # Whoever may read a repository may propose a change to it.
-        user = self.with_write_token(request.user) if is_pull_request else self.writer(request.user, name)
+        user = self.writer(request.user, None if is_pull_request else name)
         base = repository.find(revision)
         if header.get("parentCommit", base.oid) != base.oid:
             raise Refused(412, "A commit has happened since. Please refresh and try again.")
         tree = dict(base.tree)
         for line in lines:
-            self.apply(repository, tree, line["key"], line["value"])
-        return self._committed(kind, name, repository, base, tree, header["summary"], user, revision, is_pull_request)
-
-    def _committed(
-        self,
-        kind: str,
-        name: str,
-        repository: Repository,
-        base: Commit,
-        tree: dict[str, Any],
-        title: str,
-        user: User,
-        revision: str,
-        is_pull_request: bool,
-    ) -> dict[str, Any]:
-        ref = revision if revision.startswith("refs/") else f"refs/heads/{revision}"
-        pull_request = None
+            path = line["value"]["path"]
+            if line["key"] == "deletedFile":
+                del tree[path]
+            elif line["key"] == "file":
+                tree[path] = File(base64.b64decode(line["value"]["content"]))
+            else:
+                tree[path] = File(repository.objects[line["value"]["oid"]], line["value"]["oid"])
+        ref, pull_request = revision if revision.startswith("refs/") else f"refs/heads/{revision}", None
         if is_pull_request:
             number = 1 + sum(known.startswith("refs/pr/") for known in repository.refs)
-            ref, pull_request = f"refs/pr/{number}", self.page(kind, name, f"/discussions/{number}")
-        elif ref not in repository.refs:
-            raise Refused(404, f"Invalid rev id: {revision}", "RevisionNotFound")
-        commit = repository.add_commit(ref, tree, title, user.name, base.oid)
-        page = self.page(kind, name, f"/commit/{commit.oid}")
-        return {"success": True, "commitOid": commit.oid, "commitUrl": page, "pullRequestUrl": pull_request}
+            ref, pull_request = f"refs/pr/{number}", f"{self.url}/{name}/discussions/{number}"
+        made = repository.add_commit(ref, tree, header["summary"], user.name, base.oid)
+        page = f"{self.url}/{name}/commit/{made.oid}"
+        return {"success": True, "commitOid": made.oid, "commitUrl": page, "pullRequestUrl": pull_request}
 
     # --- storage of large files ----------------------------------------------------------------------------------
 
-    def _link(self, verb: str, oid: str) -> str:
-        signature = hmac.new(self._key, f"{verb} {oid}".encode(), "sha256").hexdigest()
-        return f"{self.storage_url}/lfs/{oid}?signature={signature}"
+    def _link(self, oid: str) -> str:
+        return f"{self.storage_url}/lfs/{oid}?signature={self.signature}"
 
     @_route("GET HEAD PUT", "/lfs/(?P<oid>[0-9a-f]{64})")
-    def storage(self, request: Request, oid: str) -> Answer:
+    def storage(self, request: Any, oid: str) -> Answer:
         """Signed links only; like the Hub's storage it refuses a second credential, so that a leaked token is seen."""
         if request.headers.get("Authorization"):
             raise Refused(400, "Only one auth mechanism allowed: the Hub's token was sent to its storage")
-        expected = self._link("PUT" if request.command == "PUT" else "GET", oid)
-        if not expected.endswith(f"?signature={request.query.get('signature')}"):
+        if request.query.get("signature") != self.signature:
             raise Refused(403, "The signature does not match")
         if request.command != "PUT":
-            return Answer(self.blob(oid), headers={"ETag": f'"{oid}"'})
-        arriving, digest = self.blobs / f"arriving-{secrets.token_hex(8)}", hashlib.sha256()
-        try:
-            with arriving.open("wb") as file:
-                for chunk in request.chunks():
-                    digest.update(chunk)
-                    file.write(chunk)
-            if digest.hexdigest() != oid:
-                raise Refused(400, "What was sent does not have the sha256 that was announced")
-            arriving.replace(self.blob(oid))
-        finally:
-            arriving.unlink(missing_ok=True)
+            return Answer(self.uploads[oid], headers={"ETag": f'"{oid}"'})
+        content = request.body()
+        if hashlib.sha256(content).hexdigest() != oid:
+            raise Refused(400, "What was sent does not have the sha256 that was announced")
+        self.uploads[oid] = content
         return Answer({})

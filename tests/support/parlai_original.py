@@ -158,11 +158,10 @@ def write_checkpoint(
     """
     fixture = FIXTURES / {"poly": "poly_codes8", "bi": "bi_mean", "cross": "cross_first"}[kind]
     folder.mkdir(parents=True, exist_ok=True)
-    opt = json.loads((fixture / "model.opt").read_text()) | options
+    opt = {"rows": 116} | json.loads((fixture / "model.opt").read_text()) | options
     (folder / "model.opt").write_text(json.dumps(opt))
     for name in ("model.dict", "model.dict.codecs"):
         (folder / name).write_text((fixture / name).read_text())
-    rows = int(opt.get("rows", 116))
     generator = torch.Generator().manual_seed(seed)
     state: dict[str, Tensor] = {}
     if kind == "poly" and opt["polyencoder_type"] == "codes":
@@ -170,7 +169,7 @@ def write_checkpoint(
     prefixes = {"poly": "encoder_ctxt encoder_cand", "bi": "context_encoder cand_encoder", "cross": "encoder"}
     for prefix in prefixes[kind].split():
         segments = opt["n_segments"] if kind == "bi" else 2  # as the agents have it
-        state |= _encoder(prefix, opt, rows, segments, generator)
+        state |= _encoder(prefix, opt, segments, generator)
     if kind == "bi":
         state["embeddings.weight"] = state["context_encoder.embeddings.weight"]
         if opt["share_word_embeddings"]:
@@ -182,19 +181,18 @@ def write_checkpoint(
     if kind == "cross":
         state["linear_layer.weight"] = torch.randn(1, opt["embedding_size"], generator=generator)
         state["linear_layer.bias"] = torch.randn(1, generator=generator)
-    saved = {"model": {name: tensor.to(dtype) for name, tensor in state.items()}, "number_training_updates": 7}
-    torch.save(saved, folder / "model")
+    torch.save({"model": {name: tensor.to(dtype) for name, tensor in state.items()}}, folder / "model")
     return folder / "model"
 
 
-def _encoder(prefix: str, opt: dict, rows: int, segments: int, generator: torch.Generator) -> dict[str, Tensor]:
+def _encoder(prefix: str, opt: dict, segments: int, generator: torch.Generator) -> dict[str, Tensor]:
     dim, inner = opt["embedding_size"], opt["ffn_size"]
 
     def random_(*shape: int, around: float = 0.0, by: float = 0.3) -> Tensor:
         return around + by * torch.randn(*shape, generator=generator)
 
     state = {
-        "embeddings.weight": random_(rows, dim, by=1.0 / (dim**0.5 if opt["embeddings_scale"] else 1.0)),
+        "embeddings.weight": random_(opt["rows"], dim, by=1.0 / (dim**0.5 if opt["embeddings_scale"] else 1.0)),
         "position_embeddings.weight": random_(opt["n_positions"], dim),
         "norm_embeddings.weight": random_(dim, around=1.0),
         "norm_embeddings.bias": random_(dim),

@@ -4,20 +4,7 @@ import string
 
 import torch
 from tokenizers import Tokenizer, models, processors
-from transformers import (
-    BertConfig,
-    DebertaV2Config,
-    DistilBertConfig,
-    ElectraConfig,
-    ModernBertConfig,
-    MPNetConfig,
-    PreTrainedConfig,
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-    RobertaConfig,
-    T5Config,
-    XLMRobertaConfig,
-)
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
 from poly_encoders.modeling import PolyEncoderConfig, PolyEncoderModel
 
@@ -41,51 +28,50 @@ FAMILIES = [
     "t5",
     "qwen3",
 ]
-LEFT_PADDED = {"qwen3"}
+MORE_FAMILIES = ["albert", "bart", "big_bird", "gpt2", "llama", "opt", "gpt_neox"]
+LEFT_PADDED = {"qwen3", "gpt2", "llama", "opt", "gpt_neox"}
 
 
-def family_config(family: str, width: int = WIDTH, layers: int = 2) -> PreTrainedConfig:
-    """A tiny configuration of the family."""
+def family_config(family: str, width: int = WIDTH, layers: int = 2, **changes: object) -> PreTrainedConfig:
+    """A tiny configuration of the family, which is named as in `config.json`."""
+    inner = 2 * width
     usual = {
-        "vocab_size": VOCAB_SIZE,
         "hidden_size": width,
         "num_hidden_layers": layers,
         "num_attention_heads": 4,
-        "intermediate_size": 2 * width,
+        "intermediate_size": inner,
         "max_position_embeddings": POSITIONS,
-        "pad_token_id": PAD,
-        "bos_token_id": 0,
-        "eos_token_id": 2,
     }
-    makers = {
-        "bert": lambda: BertConfig(**usual),
-        "roberta": lambda: RobertaConfig(**usual, type_vocab_size=1),
-        "xlm-roberta": lambda: XLMRobertaConfig(**usual, type_vocab_size=1),
-        "distilbert": lambda: DistilBertConfig(
-            vocab_size=VOCAB_SIZE,
-            dim=width,
-            n_layers=layers,
-            n_heads=4,
-            hidden_dim=2 * width,
-            max_position_embeddings=POSITIONS,
-            pad_token_id=PAD,
-        ),
-        "modernbert": lambda: ModernBertConfig(**usual, cls_token_id=0, sep_token_id=2),
-        "deberta-v2": lambda: DebertaV2Config(**usual, relative_attention=True, pos_att_type=["p2c", "c2p"]),
-        "mpnet": lambda: MPNetConfig(**usual),
-        "electra": lambda: ElectraConfig(**usual, embedding_size=16),
-        "t5": lambda: T5Config(
-            vocab_size=VOCAB_SIZE,
-            d_model=width,
-            d_kv=8,
-            d_ff=2 * width,
-            num_layers=layers,
-            num_heads=4,
-            pad_token_id=PAD,
-        ),
-        "qwen3": lambda: Qwen3Config(**usual, num_key_value_heads=2, head_dim=8),
+    both = {
+        f"{side}_{name}": value
+        for side in ("encoder", "decoder")
+        for name, value in (("layers", layers), ("attention_heads", 4), ("ffn_dim", inner))
     }
-    return makers[family]()
+    own = {
+        "roberta": {**usual, "type_vocab_size": 1},
+        "xlm-roberta": {**usual, "type_vocab_size": 1},
+        "distilbert": {
+            "dim": width,
+            "n_layers": layers,
+            "n_heads": 4,
+            "hidden_dim": inner,
+            "max_position_embeddings": POSITIONS,
+        },
+        "modernbert": {**usual, "cls_token_id": 0, "sep_token_id": 2},
+        "deberta-v2": {**usual, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
+        "electra": {**usual, "embedding_size": 16},
+        "t5": {"d_model": width, "d_kv": 8, "d_ff": inner, "num_layers": layers, "num_heads": 4},
+        "qwen3": {**usual, "num_key_value_heads": 2, "head_dim": 8},
+        "albert": {**usual, "embedding_size": 16},
+        "bart": {**both, "d_model": width, "max_position_embeddings": POSITIONS, "decoder_start_token_id": 2},
+        # Sparse attention is for thousands of tokens; below, the model switches it off for good in the middle of a run.
+        "big_bird": {**usual, "attention_type": "original_full"},
+        "gpt2": {"n_embd": width, "n_layer": layers, "n_head": 4, "n_positions": POSITIONS},
+        "llama": {**usual, "num_key_value_heads": 2},
+        "opt": {**usual, "ffn_dim": inner, "word_embed_proj_dim": width},
+    }.get(family, usual)
+    tokens = {"vocab_size": VOCAB_SIZE, "pad_token_id": PAD, "bos_token_id": 0, "eos_token_id": 2}
+    return AutoConfig.for_model(family, **{**tokens, **own, **changes})
 
 
 def poly_config(family: str = "bert", **options: object) -> PolyEncoderConfig:
@@ -99,8 +85,13 @@ def poly_model(family: str = "bert", seed: int = 0, **options: object) -> PolyEn
     return PolyEncoderModel(poly_config(family, **{"code_std": 1.0, **options})).eval()
 
 
-def make_tokenizer(left: bool = False, **options: object) -> PreTrainedTokenizerFast:
-    """One token a character, `<s>` and `</s>` around a text and `</s>` between two; none of them with padding left."""
+def make_tokenizer(
+    left: bool = False, *, pad: bool = True, eos: bool = True, **options: object
+) -> PreTrainedTokenizerFast:
+    """One token a character, `<s>` and `</s>` around a text and `</s>` between two; none of them with padding left.
+
+    Without `pad` or `eos` it has no such token, as a generator's; without `eos` no separator either.
+    """
     vocabulary = {token: index for index, token in enumerate(SPECIALS + CHARACTERS)}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
     if not left:
@@ -109,14 +100,13 @@ def make_tokenizer(left: bool = False, **options: object) -> PreTrainedTokenizer
         )
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
-        pad_token="<pad>",
         unk_token="<unk>",
         bos_token="<s>",
-        eos_token="</s>",
         cls_token="<s>",
-        sep_token="</s>",
         mask_token="<mask>",
         padding_side="left" if left else "right",
+        **({"pad_token": "<pad>"} if pad else {}),
+        **({"eos_token": "</s>", "sep_token": "</s>"} if eos else {}),
         **options,
     )
 

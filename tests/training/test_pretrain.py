@@ -1,8 +1,5 @@
 """Pre-training: what a batch holds, what each task learns, and whole runs as a user starts them."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,17 +10,17 @@ from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
 import tiny
 from poly_encoders import BiEncoder, CrossEncoder, PolyEncoder
-from poly_encoders.training.pretrain import main, parse_options
-from poly_encoders.training.pretraining import (
+from poly_encoders.training.methods.pretraining import (
     PreTrainer,
     PreTrainingArguments,
     PreTrainingCollator,
     PreTrainingModel,
     PreTrainingPairs,
 )
+from poly_encoders.training.pretrain import main, parse_options
+from training_runs import QUIET, assert_same_weights, weights, write_rows
 
-ROOT = Path(__file__).parent.parent.parent
-CONFIGS = sorted((ROOT / "training" / "configs").glob("*_pretrain.yaml"))
+CONFIG = str(Path(__file__).parents[2] / "training" / "configs" / "chitchat_pretrain.yaml")
 MASKED_FAMILIES = [family for family in tiny.FAMILIES if family not in ("t5", "qwen3")]
 LETTERS = "abcdefghijklmnop"
 # The right response repeats the context's last turn.
@@ -48,16 +45,9 @@ def make(checkpoints, tmp_path, data=DATA, family="bert", model_options=None, **
         "learning_rate": 1e-3,
         "save_strategy": "no",
         "logging_steps": 2,
-        "report_to": "none",
-        "bf16": False,
-        "use_cpu": True,
-        "disable_tqdm": True,
+        **QUIET,
     }
     return PreTrainer(model=model, args=PreTrainingArguments(**{**settings, **options}), train_dataset=data)
-
-
-def weights(model):
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
 # --- what a batch holds ----------------------------------------------------------------------------------------------
@@ -258,8 +248,7 @@ def test_resuming_gives_the_same_weights(accumulated, workers, checkpoints, tmp_
     whole.train()
     again = make(checkpoints, tmp_path, **options)
     again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-5"))
-    for name, expected in weights(whole.model).items():
-        torch.testing.assert_close(weights(again.model)[name], expected, msg=name)
+    assert_same_weights(again.model, whole.model)
     with pytest.raises(FileNotFoundError, match="no pre-training checkpoint"):
         again.train(resume_from_checkpoint=str(tmp_path))
 
@@ -273,30 +262,32 @@ def test_models_that_cannot_be_pre_trained(family, checkpoints):
         PreTrainingModel.from_checkpoint(checkpoints(family), device="cpu")
 
 
-@pytest.mark.parametrize(("token", "name"), [("mask_token", "mask"), ("pad_token", "padding")])
-def test_tokenizers_that_lack_a_token(token, name, checkpoints, tmp_path):
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"mask_token": None}, "the mask token None"),
+        ({"pad_token": None, "eos_token": None}, "neither a padding token nor"),
+        ({"new": ["one", "more"]}, f"tokenizer {tiny.VOCAB_SIZE + 2} tokens"),
+    ],
+)
+def test_tokenizers_that_will_not_do(change, match, checkpoints, tmp_path):
     AutoModel.from_pretrained(checkpoints()).save_pretrained(tmp_path)
     tokenizer = tiny.make_tokenizer()
-    setattr(tokenizer, token, None)
-    if token == "pad_token":
-        tokenizer.eos_token = None  # a Cross-encoder would pad with it
+    tokenizer.add_tokens(change.get("new", []))
+    for name in change.keys() - {"new"}:
+        setattr(tokenizer, name, None)
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=f"no {name} token"):
+    with pytest.raises(ValueError, match=match):
         PreTrainingModel.from_checkpoint(str(tmp_path), device="cpu")
 
 
-def test_a_tokenizer_of_another_model(checkpoints, tmp_path):
-    AutoModel.from_pretrained(checkpoints()).save_pretrained(tmp_path)
-    tokenizer = tiny.make_tokenizer()
-    tokenizer.add_tokens(["one", "more"])
-    tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="but the model only"):
-        PreTrainingModel.from_checkpoint(str(tmp_path), device="cpu")
-
-
-def test_responses_that_are_all_the_same():
-    with pytest.raises(ValueError, match="at least two different"):
-        PreTrainingPairs(Dataset.from_dict({"a": ["x", "y"], "b": ["same", "same"]}), update_size=2, seed=0)
+def test_data_that_cannot_be_trained_on():
+    for responses, match in ((["same", "same"], "at least two different"), (["x", None], r"[Rr]ow 2")):
+        with pytest.raises(ValueError, match=match):
+            PreTrainingPairs(Dataset.from_dict({"a": ["x", "y"], "b": responses}), update_size=2, seed=0)
+    labelled = Dataset.from_dict({"a": ["x", "y", "z"], "b": ["1", "2", "3"], "label": [1, 0, 1]})
+    pairs = PreTrainingPairs(labelled, update_size=2, seed=0)
+    assert {row["b"] for row in pairs.data} == {"1", "3"}
 
 
 def test_a_sampling_strategy_that_would_mix_the_tasks(tmp_path):
@@ -309,18 +300,16 @@ def test_a_sampling_strategy_that_would_mix_the_tasks(tmp_path):
 
 @pytest.fixture
 def config(checkpoints, tmp_path):
-    data = tmp_path / "data.jsonl"
-    data.write_text("".join(json.dumps({"context": ["so", f"{i}"], "right": f"it is {i}"}) + "\n" for i in range(24)))
     options = {
         "model_name_or_path": checkpoints(),
-        "dataset": str(data),
+        "dataset": write_rows(tmp_path / "data.jsonl", 24),
         "output_dir": str(tmp_path / "out"),
         "max_steps": 4,
         "per_device_train_batch_size": 4,
         "learning_rate": "5e-4",
         "logging_steps": 2,
         "save_strategy": "no",
-        "report_to": "none",
+        **QUIET,
     }
 
     def write(**changes):
@@ -338,38 +327,10 @@ def test_a_run(config, tmp_path):
     main(["--config", config(), "--resume_from_checkpoint", str(tmp_path / "out" / "checkpoint-2")])
 
 
-def test_two_processes(config, tmp_path):
-    """The heads take turns at having no gradient, which distributed training refuses unless told."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "training/pretrain.py",
-    ]
-    options = config(bf16=False, use_cpu=True, ddp_backend="gloo", save_strategy="steps", save_steps=4)
-    done = subprocess.run(
-        [*command, "--config", options], capture_output=True, text=True, check=False, cwd=ROOT, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-8000:]
-    state = json.loads((tmp_path / "out" / "checkpoint-4" / "trainer_state.json").read_text())
-    assert {"mlm_loss", "nup_loss", "nup_accuracy"} <= set(state["log_history"][-1])
-    assert PolyEncoder(str(tmp_path / "out"), device="cpu").rank("a", ["b"])
-    assert CrossEncoder(str(tmp_path / "out" / "cross-encoder"), device="cpu").rank("a", ["b"])
-
-
 def test_options(config):
     options = parse_options(["--config", config(from_scratch=True), "--max_steps", "7"])
     assert (options.training.max_steps, options.training.learning_rate) == (7, 5e-4)
     assert options.model.from_scratch
     with pytest.raises(ValueError, match="do not exist"):
         parse_options(["--config", config(num_codes=3)])
-    with pytest.raises(FileNotFoundError, match="no config file"):
-        parse_options(["--config", "nowhere.yaml"])
-
-
-@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
-def test_every_config_parses(file):
-    assert parse_options(["--config", str(file)]).model.max_context_length == 96
+    assert parse_options(["--config", CONFIG]).model.max_context_length == 96

@@ -4,7 +4,6 @@ The fixtures are tiny checkpoints saved by ParlAI (commit a29567f7, CPU, float32
 """
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -54,23 +53,20 @@ def test_the_plain_restatement_agrees_with_the_original(case):
                 assert original.score(turns(context), candidate["text"]) == pytest.approx(score, abs=TOLERANCE)
 
 
-def test_ids_of_texts(case):
-    _, reference, _, folder = case
-    tokenizer = AutoTokenizer.from_pretrained(_tokenizer_folder(folder))
+def test_ids_of_texts_and_the_card(case):
+    name, reference, _, folder = case
+    card = ModelCard.load(folder / "README.md")
+    assert "parlai" in card.data.tags
+    assert "converted from a checkpoint of [ParlAI]" in card.content
+    tokenizer = AutoTokenizer.from_pretrained(folder / "query_0_Transformer" if name == "bi_mean" else folder)
     assert isinstance(tokenizer, ParlAITokenizer)
-    for text in reference["tokenization"]:
-        assert tokenizer(text["text"], add_special_tokens=False)["input_ids"] == text["ids"]
-    assert [tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id] == list(
-        reference["special_ids"].values()
-    )
-    for batch in reference["batches"]:
-        for context in batch["contexts"]:
-            ids = tokenizer(context["full_text"], add_special_tokens=False)["input_ids"]
-            assert ids == context["untruncated_ids_without_start_end"]
-
-
-def _tokenizer_folder(folder: Path) -> Path:
-    return folder if (folder / "tokenizer.json").exists() else folder / "query_0_Transformer"
+    special = [tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id]
+    assert special == list(reference["special_ids"].values())
+    texts = [(text["text"], text["ids"]) for text in reference["tokenization"]]
+    contexts = [context for batch in reference["batches"] for context in batch["contexts"]]
+    texts += [(context["full_text"], context["untruncated_ids_without_start_end"]) for context in contexts]
+    for text, ids in texts:
+        assert tokenizer(text, add_special_tokens=False)["input_ids"] == ids
 
 
 def test_scores_from_turns_and_texts(case):
@@ -104,33 +100,23 @@ def test_ids_and_vectors_of_whole_batches(case):
 
 
 @pytest.mark.parametrize("case", ["poly_codes8"], indirect=True)
-def test_hidden_states(case):
-    _, reference, _, folder = case
-    plain = AutoModel.from_pretrained(folder)
-    batch = next(batch for batch in reference["batches"] if "context_hidden" in batch["outputs"])
-    for side in ("context", "candidate"):
-        ids = torch.tensor(batch["inputs"][f"{side}_ids"])
-        mask = (ids != reference["special_ids"]["null"]).long()
-        hidden = plain.run_encoder(side, {"input_ids": ids, "attention_mask": mask}).last_hidden_state
-        expected = torch.tensor(batch["outputs"][f"{side}_hidden"])
-        torch.testing.assert_close(hidden * mask[..., None], expected, rtol=0, atol=TOLERANCE)
-
-
-@pytest.mark.parametrize("case", ["poly_codes8"], indirect=True)
-def test_auto_model_scores_the_original_ids(case):
+def test_auto_model_gives_hidden_states_and_scores_of_the_original_ids(case):
     _, reference, _, folder = case
     plain = AutoModel.from_pretrained(folder)
     for batch in reference["batches"]:
-        ids, candidates = (torch.tensor(batch["inputs"][f"{side}_ids"]) for side in ("context", "candidate"))
-        null = reference["special_ids"]["null"]
-        output = plain(
-            input_ids=ids,
-            attention_mask=(ids != null).long(),
-            candidate_input_ids=candidates,
-            candidate_attention_mask=(candidates != null).long(),
-        )
+        sides = {}
+        for side in ("context", "candidate"):
+            ids = torch.tensor(batch["inputs"][f"{side}_ids"])
+            mask = (ids != reference["special_ids"]["null"]).long()
+            sides[side] = {"input_ids": ids, "attention_mask": mask}
+            if f"{side}_hidden" in batch["outputs"]:
+                hidden = plain.run_encoder(side, sides[side]).last_hidden_state
+                expected = torch.tensor(batch["outputs"][f"{side}_hidden"])
+                torch.testing.assert_close(hidden * mask[..., None], expected, rtol=0, atol=TOLERANCE)
+        output = plain(**sides["context"], **{f"candidate_{name}": value for name, value in sides["candidate"].items()})
         expected = torch.tensor(batch["outputs"]["scores"])
         torch.testing.assert_close(output.scores, expected, rtol=0, atol=TOLERANCE)
+    assert any("context_hidden" in batch["outputs"] for batch in reference["batches"])
 
 
 @pytest.mark.parametrize("case", ["cross_first"], indirect=True)
@@ -150,10 +136,3 @@ def test_pairs(case):
             vectors = encoder(**inputs).last_hidden_state[:, 0]
             expected = torch.tensor(batch["outputs"]["pair_vectors"][position])
             torch.testing.assert_close(vectors, expected, rtol=0, atol=TOLERANCE)
-
-
-def test_the_card_tells_where_the_model_is_from(case):
-    *_, folder = case
-    card = ModelCard.load(folder / "README.md")
-    assert "parlai" in card.data.tags
-    assert "converted from a checkpoint of [ParlAI]" in card.content

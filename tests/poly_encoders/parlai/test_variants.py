@@ -17,61 +17,46 @@ SIZES = {"embedding_size": 24, "ffn_size": 40, "n_layers": 3, "n_heads": 3, "n_p
 # So that a number of turns, not of tokens, decides what is read of the longest conversation.
 LONG = {"text_truncate": -1, "n_positions": 2000}
 VARIANTS = {
-    "one code": ("poly", {"poly_n_codes": 1}),
-    "first-m vectors": ("poly", {"polyencoder_type": "n_first", "poly_n_codes": 5}),
-    "first-m vectors, more than tokens": ("poly", {"polyencoder_type": "n_first", "poly_n_codes": 100}),
+    "one code, relu": ("poly", {"poly_n_codes": 1, "activation": "relu"}),
     "first-m vectors, unread code attention": (
         "poly",
         {"polyencoder_type": "n_first", "poly_n_codes": 3, "codes_attention_type": "multihead"},
     ),
+    "first-m vectors, more than tokens": (
+        "poly",
+        {"polyencoder_type": "n_first", "poly_n_codes": 100, "output_scaling": 1.0, "dict_lower": False},
+    ),
     "sqrt code attention": ("poly", {"codes_attention_type": "sqrt"}),
-    "sqrt final attention": ("poly", {"poly_attention_type": "sqrt"}),
+    "sqrt final attention, scaled embeddings": ("poly", {"poly_attention_type": "sqrt", "embeddings_scale": True}),
     "sqrt attention, first-m": (
         "poly",
         {"poly_attention_type": "sqrt", "polyencoder_type": "n_first", "poly_n_codes": 4},
     ),
     "first output of the candidate": ("poly", {"reduction_type": "first"}),
     "other sizes": ("poly", SIZES | {"poly_n_codes": 3}),
-    "one layer, one head": ("poly", {"n_layers": 1, "n_heads": 1}),
-    "relu": ("poly", {"activation": "relu"}),
-    "scaled embeddings": ("poly", {"embeddings_scale": True}),
-    "no output scaling": ("poly", {"output_scaling": 1.0}),
+    "one layer, one head": ("poly", {"n_layers": 1, "n_heads": 1, "n_encoder_layers": None, "n_segments": 0}),
     "three turns": ("poly", LONG | {"history_size": 3}),
-    "all turns": ("poly", LONG | {"history_size": -1}),
+    "all turns and candidates": ("poly", LONG | {"history_size": -1, "label_truncate": -1}),
     "all turns, written as 0": ("poly", LONG | {"history_size": 0}),
-    "no truncation": ("poly", LONG | {"label_truncate": -1}),
     "short truncation": ("poly", {"text_truncate": 3, "label_truncate": 3}),
     "truncation by the common option": ("poly", {"text_truncate": None, "label_truncate": None, "truncate": 12}),
-    "a word as delimiter": ("poly", {"delimiter": "and"}),
-    "null for what the tensors tell": ("poly", {"n_encoder_layers": None, "n_segments": 0}),
-    "case kept": ("poly", {"dict_lower": False}),
-    "padding rows of half precision": ("poly", {"rows": 120, "fp16": True}),
-    "bi, first output": ("bi", {"reduction_type": "first"}),
+    "padding rows, a word as delimiter": ("poly", {"rows": 120, "fp16": True, "delimiter": "and"}),
+    "bi, first output, scaled embeddings": ("bi", {"reduction_type": "first", "embeddings_scale": True}),
     "bi, shared word embeddings": ("bi", {"share_word_embeddings": True}),
-    "bi, no segments": ("bi", {"n_segments": 0}),
-    "bi, other sizes": ("bi", SIZES),
-    "bi, scaled embeddings": ("bi", {"embeddings_scale": True}),
+    "bi, no segments": ("bi", SIZES | {"n_segments": 0}),
     "bi, four turns": ("bi", LONG | {"history_size": 4, "delimiter": " | "}),
-    "cross, mean": ("cross", {"reduction_type": "mean"}),
+    "cross, mean": ("cross", {"reduction_type": "mean", "model": "transformer/crossencoder:CrossencoderAgent"}),
     "cross, other sizes": ("cross", SIZES | {"text_truncate": 20, "label_truncate": 8}),
     "cross, short truncation": ("cross", {"text_truncate": 3, "label_truncate": 3}),
     "cross, two turns": ("cross", LONG | {"history_size": 2}),
-    "cross, class named too": ("cross", {"model": "transformer/crossencoder:CrossencoderAgent"}),
 }
 
 
-def conversations() -> list[tuple[list[str], list[str]]]:
-    """Contexts of one turn and of many, short ones and long ones, each with its candidates."""
-    rng = random.Random(0)
-    sizes = [(1, 1), (1, 3), (2, 2), (7, 2), (24, 3)]
-    return [
-        ([sample_text(rng, 12) for _ in range(turns)], [sample_text(rng, 12) for _ in range(candidates)])
-        for turns, candidates in sizes
-    ]
-
-
 def assert_ranks_as(model, original: Original) -> None:
-    for turns, candidates in conversations():
+    """For contexts of one turn and of many, short ones and long ones."""
+    rng = random.Random(0)
+    for sizes in [(1, 1), (1, 3), (2, 2), (7, 2), (24, 3)]:
+        turns, candidates = ([sample_text(rng, 12) for _ in range(size)] for size in sizes)
         scores = {entry["corpus_id"]: entry["score"] for entry in model.rank(turns, candidates)}
         expected = [original.score(turns, candidate) for candidate in candidates]
         np.testing.assert_allclose([scores[i] for i in range(len(candidates))], expected, rtol=1e-5, atol=1e-5)
@@ -87,28 +72,16 @@ def test_a_converted_model_ranks_as_the_original(name, tmp_path):
     assert_ranks_as(load_model(str(tmp_path / "converted"), device="cpu"), Original(tmp_path / "parlai"))
 
 
-@pytest.mark.parametrize("kind", CLASSES)
-def test_half_precision_weights(kind, tmp_path):
+@pytest.mark.parametrize(("kind", "zipped"), [("poly", False), ("bi", True), ("cross", False)])
+def test_half_precision_weights_in_either_file_format(kind, zipped, tmp_path):
     """The released models hold float16; the numbers are those of the same weights in float32."""
     model_file = write_checkpoint(tmp_path / "parlai", kind, dtype=torch.float16, fp16=True)
-    convert_parlai_checkpoint(model_file, tmp_path / "converted")
+    saved = torch.load(model_file, weights_only=True)
+    torch.save(saved, model_file, _use_new_zipfile_serialization=zipped)
+    convert_parlai_checkpoint(model_file.parent, tmp_path / "converted")  # the folder will do for the file
     model = load_model(str(tmp_path / "converted"), device="cpu")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert_ranks_as(model, Original(tmp_path / "parlai"))
-
-
-def test_the_legacy_file_format(tmp_path):
-    model_file = write_checkpoint(tmp_path / "parlai")
-    saved = torch.load(model_file, weights_only=True)
-    torch.save(saved, model_file, _use_new_zipfile_serialization=False)
-    convert_parlai_checkpoint(model_file, tmp_path / "converted")
-    assert_ranks_as(PolyEncoder(str(tmp_path / "converted"), device="cpu"), Original(tmp_path / "parlai"))
-
-
-def test_the_folder_instead_of_the_file(tmp_path):
-    write_checkpoint(tmp_path / "parlai")
-    convert_parlai_checkpoint(tmp_path / "parlai", tmp_path / "converted")
-    assert_ranks_as(PolyEncoder(str(tmp_path / "converted"), device="cpu"), Original(tmp_path / "parlai"))
 
 
 def test_a_pre_trained_checkpoint_gets_new_codes_and_says_so(tmp_path, caplog):
@@ -131,8 +104,8 @@ def test_a_pre_trained_checkpoint_gets_new_codes_and_says_so(tmp_path, caplog):
 def test_a_pair_that_fits_is_read_whole(text_truncate, label_truncate, tmp_path):
     """The limits of the two sides may together be more than there are positions: 64, here."""
     options = {"text_truncate": text_truncate, "label_truncate": label_truncate, "truncate": 1024}
-    model = convert_parlai_checkpoint(write_checkpoint(tmp_path / "parlai", "cross", **options), tmp_path / "converted")
-    original = Original(tmp_path / "parlai")
+    convert_parlai_checkpoint(write_checkpoint(tmp_path / "parlai", "cross", **options), tmp_path / "converted")
+    model, original = CrossEncoder(str(tmp_path / "converted"), device="cpu"), Original(tmp_path / "parlai")
     sizes = []
     for context, candidate in [(1, 1), (40, 2), (2, 40), (14, 20), (25, 9), (30, 12)]:
         text, answer = " ".join(["tea"] * context), " ".join(["sea"] * candidate)

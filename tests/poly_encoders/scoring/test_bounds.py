@@ -8,30 +8,32 @@ import torch
 from poly_encoders.modeling import poly_score
 from poly_encoders.scoring.bounds import lipschitz
 from poly_encoders.scoring.candidates import CandidateReader
-from poly_encoders.scoring.passes import Pass, Piece, Workspace
+from poly_encoders.scoring.passes import Pass, Piece
 from vectors import KINDS, vectors
 
 
-def gradient_length(dots: torch.Tensor) -> torch.Tensor:
+def swept(context, candidates, threshold=-torch.inf, precision="exact", scale=1.0):
+    """What a pass over all candidates lets through."""
+    sweep = Pass(context, None, scale, precision, {})
+    piece = Piece(CandidateReader(candidates), 0, len(candidates))
+    return sweep.survivors(piece, torch.as_tensor(threshold).expand(len(context)))
+
+
+def gradient_length(dots):
     """`sum_i |d score / d d_i|` of `(s, m)` dots."""
     weights = dots.softmax(dim=-1)
     return (weights * (1 + dots - (weights * dots).sum(dim=-1, keepdim=True)).abs()).sum(dim=-1)
 
 
-@pytest.mark.parametrize(("m", "known"), [(1, 1.0), (16, 1.93), (64, 2.50), (360, 3.26)])
-def test_lipschitz_constant_has_the_known_values(m, known):
-    assert lipschitz(m) == pytest.approx(known, abs=0.005)
-
-
-@pytest.mark.parametrize("m", [1, 2, 3, 5, 16, 64, 360])
-def test_no_dots_move_the_score_faster_and_some_move_it_as_fast(m):
+@pytest.mark.parametrize(("m", "known"), [(1, 1.0), (2, None), (3, None), (16, 1.93), (64, 2.50), (360, 3.26)])
+def test_no_dots_move_the_score_faster_and_some_move_it_as_fast(m, known):
+    assert known is None or lipschitz(m) == pytest.approx(known, abs=0.005)
     torch.manual_seed(0)
     random = torch.randn(2000, m, dtype=torch.float64) * torch.logspace(-2, 2, 2000, dtype=torch.float64)[:, None]
     two_levels = torch.zeros(4000, m, dtype=torch.float64)
     two_levels[:, 0] = torch.linspace(-5, 15, 4000)
     fastest = max(gradient_length(random).max().item(), gradient_length(two_levels).max().item())
-    assert fastest <= lipschitz(m) + 1e-9
-    assert fastest >= lipschitz(m) - 1e-3
+    assert lipschitz(m) - 1e-3 <= fastest <= lipschitz(m) + 1e-9
 
 
 def test_ascent_finds_no_faster_dots():
@@ -46,33 +48,23 @@ def test_ascent_finds_no_faster_dots():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("low", [True, False])
-@pytest.mark.parametrize("scale", [1.0, 0.2])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_scores_are_within_their_slack(kind, low, scale, dtype):
-    context, candidates = vectors(kind, b=3, m=5, n=200, dim=64)
-    context, candidates = context.to(dtype), candidates.to(dtype)
-    reader = CandidateReader(candidates)
-    sweep = Pass(context, None, scale, Workspace(), low=low)
-    which, index, score, slack = sweep.survivors(Piece(reader, None, 0, 200), torch.full((3,), -torch.inf))
-    assert len(which) == 600  # no threshold, so everyone survives
-    true = poly_score(context.double(), candidates.double(), scale)[which, index]
-    assert not ((score.double() - true).abs() > slack.double()).any()
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("low", [True, False])
-def test_only_those_below_the_threshold_are_left_out(kind, low):
-    context, candidates = vectors(kind, b=3, m=5, n=400, dim=64)
-    true = poly_score(context.double(), candidates.double())
-    sweep = Pass(context, None, 1.0, Workspace(), low=low)
+@pytest.mark.parametrize("precision", ["exact", "float32"])
+@pytest.mark.parametrize(
+    ("scale", "dtype"), [(1.0, torch.float32), (0.2, torch.float32), (0.2, torch.float64), (1.0, torch.bfloat16)]
+)
+def test_scores_are_within_their_slack_and_only_those_below_the_threshold_are_left_out(kind, precision, scale, dtype):
+    context, candidates = (part.to(dtype) for part in vectors(kind, b=3, m=5, n=200, dim=64))
+    found = swept(context, candidates, precision=precision, scale=scale)
+    assert len(found.which) == 600  # no threshold, so everyone survives
+    true = poly_score(context.double(), candidates.double(), scale)
+    assert not ((found.score.double() - true[found.which, found.candidate]).abs() > found.slack.double()).any()
     for place in (0, 3, 50):
         threshold = true.sort(dim=1, descending=True).values[:, place].float()
-        found = sweep.survivors(Piece(CandidateReader(candidates), None, 0, 400), threshold)
-        left_in = torch.zeros_like(true, dtype=torch.bool)
+        found = swept(context, candidates, threshold, precision, scale)
+        left_out = torch.ones_like(true, dtype=torch.bool)
         if found is not None:
-            left_in[found[0], found[1]] = True
-        assert (true[~left_in] < threshold.double()[:, None].expand_as(true)[~left_in]).all()
+            left_out[found.which, found.candidate] = False
+        assert (true[left_out] < threshold.double()[:, None].expand_as(true)[left_out]).all()
 
 
 @pytest.mark.parametrize("dim", [2, 64, 1024])
@@ -82,19 +74,18 @@ def test_the_bound_holds_where_every_rounding_goes_the_same_way(dim, rounded):
     tie = torch.full((dim,), 1 + 2.0**-8)  # both round to even, and so the other way than their sign
     tie[1::2] = -(1 + 3 * 2.0**-8)
     context, candidate = (torch.ones(dim), tie) if rounded == "candidate" else (tie, torch.ones(dim))
-    sweep = Pass(context[None, None], None, 1.0, Workspace(), low=True)
+    sweep = Pass(context[None, None], None, 1.0, "exact", {})
     sweep.step = 0.0  # its products are handed over exactly: small whole multiples of 2^-7 or nearly 0
-    piece = Piece(CandidateReader(candidate[None]), None, 0, 1)
-    _, _, score, slack = sweep.survivors(piece, torch.full((1,), -torch.inf))
-    off = (score.double() - context.double() @ candidate.double()).abs()
-    assert 0.8 * slack < off <= slack
+    found = sweep.survivors(Piece(CandidateReader(candidate[None]), 0, 1), torch.full((1,), -torch.inf))
+    off = (found.score.double() - context.double() @ candidate.double()).abs()
+    assert 0.8 * found.slack < off <= found.slack
 
 
-@pytest.mark.parametrize("threshold", [1.0, 1.5, 3.0, 100.0, 1 / 3, 2 / 3, 1e-30, 0.0, -1.0])
+@pytest.mark.parametrize("threshold", [1.0, 1.5, 100.0, 1 / 3, 2 / 3, 1e-30, 0.0, -1.0])
 def test_with_no_error_the_filter_lets_in_all_that_output_rounding_may_have_lowered(threshold):
     """A true dot at the threshold may be handed over a rounding step lower, and must stay in."""
-    sweep = Pass(torch.ones(1, 1, 1), None, 1.0, Workspace(), low=True)
-    sweep.error = type(sweep.error)(*(torch.zeros_like(part) for part in sweep.error))
+    sweep = Pass(torch.ones(1, 1, 1), None, 1.0, "exact", {})
+    sweep.error = lambda norms, *others: norms * 0
     true = torch.tensor([threshold, threshold + 1e-3 * abs(threshold)])
     lowered = (true * (1 - 2.0**-9)).to(torch.bfloat16).view(2, 1, 1)
     zeros = torch.zeros(2)
@@ -108,10 +99,7 @@ def test_the_bound_leaves_few():
     """What it is for: the bfloat16 pass excludes nearly all of ordinary vectors."""
     context, candidates = vectors("normal", b=1, m=16, n=20000, dim=256)
     threshold = poly_score(context, candidates).topk(10).values[:, -1]
-    found = Pass(context, None, 1.0, Workspace(), low=True).survivors(
-        Piece(CandidateReader(candidates), None, 0, 20000), threshold
-    )
-    assert 10 <= len(found[0]) < 200
+    assert 10 <= len(swept(context, candidates, threshold).which) < 200
 
 
 @pytest.mark.parametrize("setting", ["highest", "high", "medium"])
@@ -120,11 +108,9 @@ def test_float32_products_in_less_than_float32_are_allowed_for(setting):
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(setting)
     try:
-        found = Pass(context, None, 1.0, Workspace(), low=False).survivors(
-            Piece(CandidateReader(candidates), None, 0, 300), torch.full((2,), -torch.inf)
-        )
+        found = swept(context, candidates, precision="float32")
     finally:
         torch.set_float32_matmul_precision(before)
-    true = poly_score(context.double(), candidates.double())[found[0], found[1]]
-    assert ((found[2].double() - true).abs() <= found[3].double()).all()
-    assert math.isfinite(found[3].max())
+    true = poly_score(context.double(), candidates.double())[found.which, found.candidate]
+    assert ((found.score.double() - true).abs() <= found.slack.double()).all()
+    assert math.isfinite(found.slack.max())

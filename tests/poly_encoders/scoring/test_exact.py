@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from poly_encoders.modeling import poly_score
@@ -13,7 +13,6 @@ def scores_of(context, rows, scale=1.0, padding=None):
     return exact_scores(Slices(context), Slices(rows), padding, scale)
 
 
-@settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 10**6), dim=st.integers(1, 900), m=st.integers(1, 9), step=st.integers(1, 40))
 def test_pieces_give_the_same_bits(seed, dim, m, step):
     torch.manual_seed(seed)
@@ -79,10 +78,6 @@ def test_the_amount_of_padding_changes_nothing():
         assert torch.equal(scores_of(padded, rows, padding=padding), plain)
 
 
-def test_zeros_and_padding():
-    context, rows = torch.randn(4, 6), torch.randn(3, 6)
-    assert not scores_of(torch.zeros(4, 6), rows).any()
-    assert not scores_of(context, torch.zeros(3, 6)).any()
-    padding = torch.tensor([False, False, True, True])
-    padded = torch.where(padding[:, None], 0.0, context)
-    torch.testing.assert_close(scores_of(padded, rows, padding=padding), scores_of(context[:2], rows))
+def test_zeros():
+    assert not scores_of(torch.zeros(4, 6), torch.randn(3, 6)).any()
+    assert not scores_of(torch.randn(4, 6), torch.zeros(3, 6)).any()

@@ -1,16 +1,18 @@
 """`top_k` against scoring everything: the same answer to the last bit in any precision, pieces and containers."""
 
+import dataclasses
+import importlib
 from contextlib import contextmanager
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from poly_encoders import PolyEncoder, poly_score
-from poly_encoders.scoring import PreparedCandidates, TopK, passes, prepare, ranking, shortlist, top_k
+from poly_encoders.scoring import TopK, passes, prepare, shortlist, top_k
 from poly_encoders.scoring.exact import Slices, exact_scores
 from vectors import KINDS, vectors
 
@@ -32,12 +34,21 @@ def assert_equal(found, expected):
     assert torch.equal(found.scores, expected.scores)
 
 
+def assert_exact(context, candidates, k, held=None, precisions=("exact", "float32"), scale=1.0):
+    """`top_k`, of candidates as they are held, is as scoring everything."""
+    expected = score_everything(context, candidates, k, scale)
+    for precision in precisions:
+        found = top_k(context, candidates if held is None else held, k, precision=precision, scale=scale)
+        assert_equal(found, expected)
+
+
 @contextmanager
 def small_pieces(rows=7, growth=2):
     """Pieces and shortlists so small that a few hundred candidates pass through everything."""
+    search = importlib.import_module("poly_encoders.scoring.top_k")
     with (
         mock.patch.multiple(passes, FIRST_ROWS=3, FEWEST_ROWS=2, MOST_ROWS=rows, ROWS_TO_ROUND=rows, GROWTH=growth),
-        mock.patch.multiple(ranking, GROWTH=growth, WAITING=40, CONTEXT_VECTORS_AT_ONCE=12),
+        mock.patch.multiple(search, GROWTH=growth, WAITING=40, CONTEXT_VECTORS_AT_ONCE=12),
         mock.patch.multiple(shortlist, AT_ONCE=100, LONG=5),
         mock.patch("poly_encoders.scoring.candidates.ROWS_AT_ONCE", 4),
     ):
@@ -45,19 +56,15 @@ def small_pieces(rows=7, growth=2):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("precision", ["exact", "float32"])
-@pytest.mark.parametrize("prepared", [False, True])
-@pytest.mark.parametrize("k", [1, 10])
-def test_hard_vectors_are_ranked_exactly(kind, precision, prepared, k):
-    context, candidates = vectors(kind, b=3, m=5, n=500, dim=48)
-    expected = score_everything(context, candidates, k)
-    given_them = prepare(candidates) if prepared else candidates
-    assert_equal(top_k(context, given_them, k, precision=precision), expected)
+@pytest.mark.parametrize(("prepared", "k"), [(False, 10), (True, 1)])
+def test_hard_vectors_are_ranked_exactly(kind, prepared, k):
+    context, candidates = vectors(kind, b=3, m=5, n=90, dim=48)
+    held = prepare(candidates) if prepared else candidates
+    assert_exact(context, candidates, k, held)
     with small_pieces():
-        assert_equal(top_k(context, given_them, k, precision=precision), expected)
+        assert_exact(context, candidates, k, held)
 
 
-@settings(max_examples=150, deadline=None)
 @given(
     kind=st.sampled_from(KINDS),
     seed=st.integers(0, 10**6),
@@ -76,63 +83,49 @@ def test_any_size_in_any_pieces(kind, seed, b, m, n, k, rows, growth, precision,
     context, candidates = vectors(kind, b, m, n, dim=16, seed=seed)
     if padded:
         context[torch.rand(b, m) < 0.5] = 0
-    expected = score_everything(context, candidates, k, scale)
     with small_pieces(rows, growth):
-        found = top_k(context, prepare(candidates) if prepared else candidates, k, precision=precision, scale=scale)
-    assert_equal(found, expected)
-    assert found.scores.shape == found.indices.shape == (b, min(k, n))
+        assert_exact(context, candidates, k, prepare(candidates) if prepared else None, [precision], scale)
 
 
-@pytest.mark.parametrize("precision", [None, "exact", "float32", "bfloat16"])
-def test_these_are_the_best_by_the_plain_form(precision):
-    context, candidates = vectors("normal", b=4, m=16, n=5000, dim=128)
+@pytest.mark.parametrize("precision", [None, "exact", "float32"])
+@pytest.mark.parametrize("m", [1, 16])  # the first is the search of a Bi-encoder
+def test_these_are_the_best_by_the_plain_form(precision, m):
+    context, candidates = vectors("normal", b=4, m=m, n=3000, dim=128)
     expected = poly_score(context, candidates).topk(10)
     found = top_k(context, candidates, 10, precision=precision)
-    torch.testing.assert_close(found.scores, expected.values)
-    assert torch.equal(found.indices, expected.indices)
-    assert found.scores.dtype == torch.float32
-    assert found.indices.dtype == torch.int64
+    torch.testing.assert_close(found, TopK(expected.values, expected.indices))
 
 
 def test_more_contexts_than_one_group_takes():
     context, candidates = vectors("normal", b=70, m=64, n=300, dim=8)
-    assert_equal(top_k(context, prepare(candidates), 5, precision="exact"), score_everything(context, candidates, 5))
+    assert_exact(context, candidates, 5, prepare(candidates))
 
 
-def test_one_context_vector_is_the_search_of_a_bi_encoder():
-    context, candidates = vectors("normal", b=3, m=1, n=2000, dim=64)
-    found = top_k(context, candidates, 10, precision="exact")
-    expected = (context[:, 0].double() @ candidates.double().T).topk(10)
-    assert torch.equal(found.indices, expected.indices)
-
-
-def test_equal_scores_come_in_the_order_of_their_indices():
+@pytest.mark.parametrize("precision", ["exact", "float32", "bfloat16"])
+def test_equal_scores_come_in_the_order_of_their_indices(precision):
     context, candidates = vectors("normal", b=2, m=4, n=1, dim=8)
-    for precision in ("exact", "float32", "bfloat16"):
-        found = top_k(context, candidates.expand(9000, 8), 20, precision=precision)
-        assert found.indices.tolist() == [list(range(20))] * 2
-        assert (found.scores == found.scores[:, :1]).all()
+    found = top_k(context, candidates.expand(9000, 8), 20, precision=precision)
+    assert found.indices.tolist() == [list(range(20))] * 2
+    assert (found.scores == found.scores[:, :1]).all()
 
 
 def test_many_duplicates_beyond_one_shortlist():
-    context, candidates = vectors("duplicates", b=1, m=4, n=20000, dim=8)
-    candidates[5000:] = candidates[:10].repeat(1500, 1)
-    for precision in ("exact", "float32"):
-        assert_equal(top_k(context, candidates, 30, precision=precision), score_everything(context, candidates, 30))
+    context, candidates = vectors("duplicates", b=1, m=4, n=10000, dim=8)
+    candidates[4000:] = candidates[:10].repeat(600, 1)
+    assert_exact(context, candidates, 30)
 
 
 @pytest.mark.parametrize("rising", [False, True])
 def test_candidates_in_the_order_of_their_scores(rising):
-    context, candidates = vectors("normal", b=1, m=4, n=6000, dim=16)
-    candidates = candidates[poly_score(context, candidates)[0].argsort(descending=not rising)]
+    context, candidates = vectors("normal", b=1, m=4, n=2000, dim=16)
     with small_pieces(rows=100):
-        found = top_k(context, candidates, 10, precision="exact")
-    assert_equal(found, score_everything(context, candidates, 10))
+        order = poly_score(context, candidates)[0].argsort(descending=not rising)
+        assert_exact(context, candidates[order], 10, precisions=["exact"])
 
 
 def test_where_bfloat16_excludes_too_little_float32_takes_over():
     """Close to one direction, all scores agree to more digits than bfloat16 has."""
-    context, candidates = vectors("near ties", b=2, m=4, n=4000, dim=32)
+    context, candidates = vectors("near ties", b=2, m=4, n=500, dim=32)
     used = []
     plain = passes.Pass.survivors
 
@@ -141,10 +134,9 @@ def test_where_bfloat16_excludes_too_little_float32_takes_over():
         return plain(self, piece, threshold)
 
     with small_pieces(rows=64), mock.patch.object(passes.Pass, "survivors", watched):
-        found = top_k(context, candidates, 3, precision="exact")
+        assert_exact(context, candidates, 3, precisions=["exact"])
     assert "bfloat16" in used
     assert used[-1] == "float32"
-    assert_equal(found, score_everything(context, candidates, 3))
 
 
 def test_bfloat16_is_close_and_its_scores_are_exact():
@@ -177,80 +169,61 @@ def test_products_that_come_back_in_float32(in_float32):
         mock.patch.object(passes, "adds_bf16_in_float32", return_value=in_float32),
         mock.patch.object(torch, "mm", with_out_dtype),
     ):
-        assert_equal(top_k(context, candidates, 7, precision="exact"), score_everything(context, candidates, 7))
+        assert_exact(context, candidates, 7, precisions=["exact"])
 
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, ">f4"])
-def test_a_read_only_memory_map(tmp_path, dtype):
-    context, candidates = vectors("normal", b=2, m=4, n=3000, dim=32)
-    array = candidates.numpy().astype(dtype)
-    array.tofile(tmp_path / "candidates.bin")
-    mapped = np.memmap(tmp_path / "candidates.bin", dtype, "r", shape=array.shape)
-    expected = score_everything(context, torch.from_numpy(array.astype(array.dtype.newbyteorder("="))), 10)
-    assert_equal(top_k(context, mapped, 10, precision="exact"), expected)
-    assert_equal(top_k(context, prepare(mapped), 10, precision="exact"), expected)
-    assert_equal(top_k(context, mapped, 10, precision="float32"), expected)
-
-
-@pytest.mark.filterwarnings("error")
-def test_contexts_may_be_arrays_and_of_other_dtypes():
-    context, candidates = vectors("normal", b=2, m=4, n=300, dim=32)
-    frozen = context.numpy().copy()
-    frozen.flags.writeable = False
-    expected = score_everything(context, candidates, 5)
-    assert_equal(top_k(frozen.astype(">f4"), candidates, 5, precision="exact"), expected)
-    assert_equal(top_k(frozen, candidates, 5, precision="exact"), expected)
-    assert_equal(top_k(context.double().requires_grad_(), candidates.numpy(), 5, precision="exact"), expected)
-    low = context.bfloat16()
-    assert_equal(top_k(low, candidates, 5, precision="exact"), score_everything(low.float(), candidates, 5))
-
-
-def test_results_are_the_same_with_other_threads():
-    context, candidates = vectors("normal", b=2, m=16, n=20000, dim=96)
-    expected = top_k(context, candidates, 10, precision="exact")
-    threads = torch.get_num_threads()
-    try:
-        for number in (1, 3):
-            torch.set_num_threads(number)
-            assert_equal(top_k(context, candidates, 10, precision="exact"), expected)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def test_a_lower_setting_for_float32_products_changes_nothing():
-    context, candidates = vectors("normal", b=2, m=4, n=3000, dim=64)
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        found = top_k(context, candidates, 10, precision="float32")
-    finally:
-        torch.set_float32_matmul_precision(before)
-    assert_equal(found, score_everything(context, candidates, 10))
-
-
-def test_autocast_and_inference_mode_change_nothing():
-    context, candidates = vectors("normal", b=2, m=4, n=3000, dim=64)
-    expected = score_everything(context, candidates, 10)
-    for precision in ("exact", "float32"):
-        with torch.autocast("cpu", torch.bfloat16):
-            assert_equal(top_k(context, candidates, 10, precision=precision), expected)
-        with torch.inference_mode():
-            assert_equal(top_k(context, prepare(candidates), 10, precision=precision), expected)
+def test_read_only_arrays_of_any_dtype_on_either_side(tmp_path, dtype):
+    context, candidates = (part.numpy().astype(dtype) for part in vectors("normal", b=2, m=4, n=1500, dim=32))
+    native = [torch.from_numpy(part.astype(np.dtype(dtype).newbyteorder("="))) for part in (context, candidates)]
+    expected = score_everything(*native, 10)
+    candidates.tofile(tmp_path / "candidates.bin")
+    mapped = np.memmap(tmp_path / "candidates.bin", dtype, "r", shape=candidates.shape)
+    context.flags.writeable = False
+    for given_them, precision in ((mapped, "exact"), (prepare(mapped), "exact"), (mapped, "float32")):
+        assert_equal(top_k(context, given_them, 10, precision=precision), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_another_default_dtype_changes_nothing(dtype):
-    context, candidates = vectors("normal", b=2, m=4, n=3000, dim=64)
-    expected = score_everything(context, candidates, 10)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
+def test_contexts_of_another_dtype_than_the_candidates(dtype):
+    context, candidates = vectors("normal", b=2, m=4, n=300, dim=32)
+    assert_exact(context.to(dtype).requires_grad_(), candidates, 5)
+
+
+@contextmanager
+def changed(get, change, value):
+    """A setting of the process is another for a while."""
+    before = get()
+    change(value)
     try:
-        for precision in ("exact", "float32"):
-            assert_equal(top_k(context, candidates, 10, precision=precision), expected)
-        assert top_k(context, candidates, 0).scores.dtype == torch.float32
+        yield
     finally:
-        torch.set_default_dtype(before)
+        change(before)
+
+
+SETTINGS = {
+    "1 thread": lambda: changed(torch.get_num_threads, torch.set_num_threads, 1),
+    "3 threads": lambda: changed(torch.get_num_threads, torch.set_num_threads, 3),
+    "lower float32 products": lambda: changed(
+        torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "medium"
+    ),
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "inference mode": torch.inference_mode,
+    "default float64": lambda: changed(torch.get_default_dtype, torch.set_default_dtype, torch.float64),
+    "default bfloat16": lambda: changed(torch.get_default_dtype, torch.set_default_dtype, torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("precision", ["exact", "float32"])
+def test_settings_of_the_process_change_nothing(setting, precision):
+    context, candidates = vectors("normal", b=2, m=4, n=4000, dim=64)
+    expected = score_everything(context, candidates, 10)
+    with SETTINGS[setting]():
+        for held in (candidates, prepare(candidates)):
+            assert_equal(top_k(context, held, 10, precision=precision), expected)
+        assert top_k(context, candidates, 0, precision=precision).scores.dtype == torch.float32
 
 
 @pytest.mark.parametrize("outlier", [1e5, 1e10])
@@ -292,24 +265,23 @@ def test_nothing_to_rank(precision):
     assert top_k(context[:0], torch.randn(5, 4), 3, precision=precision).indices.shape == (0, 3)
 
 
-def test_more_wanted_than_there_are():
+def test_more_wanted_than_there_are_and_nothing_but_padding():
     found = top_k(torch.randn(2, 3, 4), torch.randn(5, 4), 100)
     assert sorted(found.indices[0].tolist()) == [0, 1, 2, 3, 4]
-
-
-def test_nothing_but_padding_scores_0():
     found = top_k(torch.zeros(1, 3, 4), torch.randn(50, 4), 4)
     assert found.scores.tolist() == [[0.0] * 4]
     assert found.indices.tolist() == [[0, 1, 2, 3]]
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("precision", ["exact", "float32", "bfloat16"])
-def test_candidates_that_are_not_finite_are_named(bad, precision):
-    candidates = torch.randn(3000, 8)
-    candidates[2345, 3] = bad
-    with pytest.raises(ValueError, match="Candidate 2345 holds NaN or infinity"):
-        top_k(torch.randn(2, 3, 8), candidates, 5, precision=precision)
+def test_numbers_that_are_not_finite_or_overflow_are_refused(precision):
+    context, candidates = vectors("normal", b=1, m=3, n=3000, dim=8)
+    with pytest.raises(ValueError, match="overflow float32"):
+        top_k(context * 1e25, candidates * 1e25, 5, precision=precision)
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        candidates[2345, 3] = bad
+        with pytest.raises(ValueError, match="Candidate 2345 holds NaN or infinity"):
+            top_k(context, candidates, 5, precision=precision)
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e36])
@@ -318,22 +290,8 @@ def test_bfloat16_ranks_what_overflows_in_it(scale):
     context, candidates = vectors("normal", b=1, m=3, n=2000, dim=8)
     context, candidates = context.abs() + 0.5, candidates.abs()
     candidates[100] = -1e38
-    expected = score_everything(context, candidates, 5, scale)
-    assert_equal(top_k(context, candidates, 5, precision="bfloat16", scale=scale), expected)
-
-
-@pytest.mark.parametrize("precision", ["exact", "float32", "bfloat16"])
-def test_scores_beyond_float32_are_refused(precision):
-    context, candidates = vectors("normal", b=1, m=3, n=50, dim=8)
-    with pytest.raises(ValueError, match="overflow float32"):
-        top_k(context * 1e25, candidates * 1e25, 5, precision=precision)
-
-
-def test_a_candidate_too_long_for_the_bound_hides_no_other():
-    context, candidates = vectors("normal", b=1, m=3, n=50, dim=8)
-    candidates[7] = -context[0].sum(dim=0).sign() * 1e30
-    expected = score_everything(context, candidates, 5)
-    assert_equal(top_k(context, candidates, 5, precision="exact"), expected)
+    # Nor does one that is too long for the bound hide others.
+    assert_exact(context, candidates, 5, precisions=["bfloat16", "exact"], scale=scale)
 
 
 @pytest.mark.parametrize(
@@ -367,13 +325,9 @@ def test_bad_input_is_named(change, error, message):
         top_k(options.pop("context"), options.pop("candidates"), options.pop("k"), **options)
 
 
-def test_candidates_that_changed_in_number_since_they_were_prepared():
+def test_candidates_that_changed_in_number_since_they_were_prepared(capsys):
     prepared = prepare(torch.randn(6, 4))
-    changed = PreparedCandidates(torch.randn(7, 4), prepared.low, prepared.norms, prepared.residuals)
+    top_k(torch.randn(2, 3, 4), prepared, 2, show_progress_bar=True)
+    assert "6/6" in capsys.readouterr().err
     with pytest.raises(ValueError, match="6 candidates were prepared, but there are 7"):
-        top_k(torch.randn(2, 3, 4), changed, 2)
-
-
-def test_a_progress_bar_counts_candidates(capsys):
-    top_k(torch.randn(1, 2, 4), torch.randn(50, 4), 3, show_progress_bar=True)
-    assert "50/50" in capsys.readouterr().err
+        top_k(torch.randn(2, 3, 4), dataclasses.replace(prepared, vectors=torch.randn(7, 4)), 2)

@@ -1,0 +1,1 @@
+"""Pushing a saved model to the Hub."""
