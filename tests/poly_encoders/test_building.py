@@ -56,7 +56,7 @@ def test_a_sentence_transformer_brings_weights_pooling_and_ranking(sentence_tran
     original = SentenceTransformer(sentence_transformer_folder, device="cpu")
     pooled = torch.nn.Sequential(*list(original)[:2])
     model = PolyEncoder(sentence_transformer_folder, num_codes=16, device="cpu", config_kwargs={"code_std": 0.0})
-    assert model[0].config.candidate_vector == "mean"
+    assert model[0].config.reduction == "mean"
     with torch.no_grad():
         expected = [pooled(original.preprocess([text]))["sentence_embedding"][0] for text in CANDIDATES]
     candidates = model.encode_document(CANDIDATES, convert_to_tensor=True)
@@ -69,13 +69,13 @@ def test_cls_pooling_becomes_first(sentence_transformer_folder, tmp_path):
     source = SentenceTransformer(sentence_transformer_folder, device="cpu")
     source[1].pooling_mode = "cls"
     source.save(str(tmp_path / "cls"))
-    assert PolyEncoder(str(tmp_path / "cls"), num_codes=2, device="cpu")[0].config.candidate_vector == "first"
+    assert PolyEncoder(str(tmp_path / "cls"), num_codes=2, device="cpu")[0].config.reduction == "first"
     source[1].pooling_mode = "max"
     source.save(str(tmp_path / "max"))
     with pytest.raises(ValueError, match="'max'"):
         PolyEncoder(str(tmp_path / "max"), num_codes=2, device="cpu")
-    model = PolyEncoder(str(tmp_path / "max"), num_codes=2, candidate_vector="mean", device="cpu")
-    assert model[0].config.candidate_vector == "mean"
+    model = PolyEncoder(str(tmp_path / "max"), num_codes=2, reduction="mean", device="cpu")
+    assert model[0].config.reduction == "mean"
 
 
 def test_a_module_without_counterpart_is_refused(sentence_transformer_folder, tmp_path):
@@ -255,7 +255,7 @@ def test_copies_are_independent(poly_encoder):
 def test_a_folder_of_transformers_alone_refuses_other_options_too(poly_encoder, tmp_path):
     poly_encoder[0].model.save_pretrained(tmp_path)
     poly_encoder.tokenizer.save_pretrained(tmp_path)
-    for options in ({"num_codes": 8}, {"share_encoders": True}, {"candidate_vector": "first"}):
+    for options in ({"num_codes": 8}, {"share_encoders": True}, {"reduction": "first"}):
         with pytest.raises(ValueError, match="would need training anew"):
             PolyEncoder(str(tmp_path), device="cpu", **options)
 

@@ -51,7 +51,7 @@ def test_private_names_that_are_nowhere_ours_are_listed(modules):
     ours, used = set(), {}
     for module in modules:
         for node in ast.walk(ast.parse(inspect.getsource(module))):
-            name = getattr(node, "name", None) or getattr(node, "attr", None) or getattr(node, "id", None)
+            name = next((vars(node)[kind] for kind in ("name", "attr", "id", "arg") if kind in vars(node)), None)
             if name and isinstance(getattr(node, "ctx", None), ast.Load):
                 used.setdefault(name, module.__name__)
             else:

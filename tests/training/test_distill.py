@@ -114,7 +114,7 @@ def test_all_three_steps_in_a_row_and_none_twice(config, tmp_path, caplog):
     assert len(scored) == 12
     assert PolyEncoder(str(tmp_path / "student"), device="cpu").rank("what is 3", ["it is 3", "it is 4"])
     before = (tmp_path / "teacher" / "model.safetensors").stat().st_mtime_ns
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", logger="poly_encoders")
     main(["--config", config()])
     assert (tmp_path / "teacher" / "model.safetensors").stat().st_mtime_ns == before
     assert "trained already" in caplog.text

@@ -66,7 +66,7 @@ class PairCollator(CrossEncoderDataCollator):
 def draw_candidates(
     pool: Sequence[str], context: Any, positive: str, number: int, seed: int, epoch: int = 0
 ) -> list[str]:
-    """Negatives for a context: `number` texts of the pool, which may not be empty, and not the positive if there is another."""
+    """Negatives for a context: `number` texts of the pool, which may not be empty; the positive only if all are."""
     if number <= 0:
         return []
     if not pool:
