@@ -9,7 +9,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
@@ -221,6 +221,7 @@ def one_by_one(kind, text, limit, side, prompt):
     side=st.sampled_from(["left", "right"]),
     prompt=st.sampled_from([None, "", "q", "ask it "]),
 )
+@example(kind="characters", texts=["it is a text"], limit=12, side="left", prompt="ask it ")
 def test_cutting_is_taking_tokens_off_one_by_one(kind, texts, limit, side, prompt):
     tokenizer, before, after = tokenizer_of(kind)
     full = len(before) + len(tokenizer.tokenize(prompt or "")) + len(after) >= limit
