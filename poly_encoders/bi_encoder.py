@@ -32,6 +32,7 @@ from poly_encoders.modeling.text_poly_encoder import (
     tokenized,
 )
 from poly_encoders.ranker import (
+    UPSTREAM_READS,
     Task,
     TextOptions,
     clear_load_errors,
@@ -148,7 +149,8 @@ class BiEncoder(TwoSidedEncoder):
         texts = self.side_texts(inputs, task)
         encoder = self._encoder(task)
         if self._unchanged or encoder is None:
-            return super().preprocess(texts, prompt=prompt, task=task, **kwargs)
+            with UPSTREAM_READS:
+                return super().preprocess(texts, prompt=prompt, task=task, **kwargs)
         tokenizer = encoder.tokenizer
         limit = kwargs.get("max_length") or self._limit(task)
         features = {**tokenized(tokenizer, texts, limit, tokenizer.truncation_side, prompt)}

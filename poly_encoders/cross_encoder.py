@@ -20,6 +20,7 @@ from poly_encoders.cards import CrossEncoderModelCardData
 from poly_encoders.modeling.text_poly_encoder import TURN_SEPARATOR, Context, Side, candidate_texts, make_ready, padded
 from poly_encoders.pairs import PairTokenizer, pair_limits, pair_room
 from poly_encoders.ranker import (
+    UPSTREAM_READS,
     Ranked,
     Ranker,
     Task,
@@ -155,7 +156,8 @@ class CrossEncoder(Ranker, sentence_transformers.CrossEncoder):
         contexts = self.context_texts([pair[0] for pair in inputs])
         candidates = [str(text) for text in candidate_texts([pair[1] for pair in inputs])]
         if self._unchanged:
-            return super().preprocess(list(zip(contexts, candidates, strict=True)), prompt=prompt, **kwargs)
+            with UPSTREAM_READS:
+                return super().preprocess(list(zip(contexts, candidates, strict=True)), prompt=prompt, **kwargs)
         rows = PairTokenizer(self[0].tokenizer, *self.length_limits(), self._room(), prompt)(contexts, candidates)
         if not self._knows_segments():
             del rows["token_type_ids"]

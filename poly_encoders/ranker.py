@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import threading
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,10 @@ from poly_encoders.modeling.text_poly_encoder import (
     plain_tokens,
 )
 from poly_encoders.saving import staged_folder
+
+# Held where upstream reads texts, for models that are left as they are: it tells their tokenizer how to cut and pad, and
+# threads share that. One for all, because a model with a lock could be neither copied nor pickled.
+UPSTREAM_READS = threading.RLock()
 
 Task = Literal["query", "document"]  # sentence-transformers' words for the sides of a context and of a candidate
 

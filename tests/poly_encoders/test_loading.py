@@ -2,6 +2,8 @@
 
 import json
 import logging
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -178,6 +180,28 @@ def test_a_strangers_cross_encoder_stays_what_it_is(options, checkpoints, tmp_pa
     with caplog.at_level(logging.WARNING, "poly_encoders"):
         CrossEncoder(tmp_path / "theirs", device="cpu")
     assert "This is a new Cross-encoder" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["mean", "cross"])
+def test_threads_share_a_strangers_model(kind, checkpoints, tmp_path):
+    """Upstream tells the one tokenizer how to cut, for each side anew, which threads did to one another."""
+    if kind == "cross":
+        sentence_transformers.CrossEncoder(checkpoints(), device="cpu", num_labels=1).save_pretrained(str(tmp_path))
+    else:
+        theirs = strangers_model(checkpoints(), kind)
+        theirs[0].query_length, theirs[0].document_length = 13, 7
+        theirs.save(str(tmp_path))
+    model = load_model(tmp_path, device="cpu")
+    contexts = ["x" * (7 * number % 23 + 1) for number in range(24)]
+    expected = [model.rank(context, DOCUMENTS) for context in contexts]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(8) as threads:
+            found = list(threads.map(lambda context: model.rank(context, DOCUMENTS), contexts * 4))
+    finally:
+        sys.setswitchinterval(interval)
+    assert found == expected * 4
 
 
 def test_a_classifier_of_several_classes_cannot_rank(checkpoints, tmp_path):

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from safetensors import SafetensorError
@@ -83,19 +84,26 @@ class RunTrainer(HubTrainer):
 def lacks_room(error: BaseException | None, folder: str | Path) -> bool:
     """Whether saving in `folder` failed by a full disk, a used-up quota or a limit on the size of files."""
     if isinstance(error, RuntimeError) and re.search("inline_container|PytorchStreamWriter|iostream", str(error)):
-        # torch.save's zip writer does not tell why: some more, written to what it was writing, fails for its reason.
-        written = [file for file in Path(folder).rglob("*") if file.suffix in (".pt", ".pth", ".bin")]
-        try:
-            with max(written, key=lambda file: file.stat().st_mtime).open("ab") as stream:
-                stream.write(bytes(1 << 20))
-        except (OSError, ValueError) as cause:
-            error = cause
+        error = _error_of_writing(Path(folder)) or error  # torch.save's zip writer does not tell why it failed
     while error is not None:
         number = re.search(r"\(os error (\d+)\)", str(error)) if isinstance(error, SafetensorError) else None
         if getattr(error, "errno", int(number[1]) if number else None) in _NO_ROOM:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def _error_of_writing(folder: Path) -> OSError | None:
+    """What a file as large as the largest in the folder, and a little larger, cannot be written for."""
+    size = max((file.stat().st_size for file in folder.rglob("*") if file.is_file()), default=0)
+    try:
+        with TemporaryFile(dir=folder) as stream:
+            stream.seek(size)
+            stream.write(bytes(1 << 20))
+            stream.flush()
+    except OSError as error:
+        return error
+    return None
 
 
 def train_to_end(trainer: Any) -> None:

@@ -11,13 +11,12 @@ from sentence_transformers.base.model_card import BaseModelCardCallback
 from poly_encoders import CandidateRankingEvaluator
 from poly_encoders.training.data.checks import text_columns
 from poly_encoders.training.data.task_files import TASK_FILES
-from poly_encoders.training.runs.arguments import DataArguments, ModelArguments
+from poly_encoders.training.runs.arguments import MINILM, DataArguments, ModelArguments
 from poly_encoders.training.runs.callbacks import CURVE
 
 _ROWS = 200  # of the evaluation data from which examples are chosen
 _CANDIDATES = 5
 _ENGLISH = {"chitchat", *TASK_FILES}  # the data known by name
-_MINILM = "sentence-transformers/all-MiniLM-L6-v2"  # which 'minilm' is, by its name on the Hub
 
 
 class CardOfRun(BaseModelCardCallback):
@@ -54,7 +53,7 @@ def describe_run(card: Any, model: ModelArguments, data: DataArguments) -> None:
     if data.dataset in _ENGLISH and not card.language:
         card.set_language("en")
     if model.model_name_or_path == "minilm":
-        card.base_model = _MINILM
+        card.base_model = MINILM
 
 
 def _described(source: str, split: str) -> dict[str, Any]:

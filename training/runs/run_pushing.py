@@ -20,9 +20,7 @@ logger = logging.getLogger(__name__)
 class HubTrainer:
     """What a Trainer needs to push its model safely; mixed in before it."""
 
-    nested_models: tuple[
-        str, ...
-    ] = ()  # folders in the output folder that hold a model which goes with the trained one
+    nested_models: tuple[str, ...] = ()  # folders in the output folder, each with a model that goes along
 
     args: Any
     callback_handler: Any

@@ -384,6 +384,16 @@ def test_what_lacks_room(tmp_path):
         assert [lacks_room(each, tmp_path) for each in (error, wrapped, rust)] == [expected] * 3
 
 
+def test_asking_for_room_changes_no_file(tmp_path):
+    """What torch.save wrote last was written on, and that might be a whole checkpoint's, or a user's own file."""
+    (tmp_path / "optimizer.pt").write_bytes(b"whole")
+    zip_writer = RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+    assert not lacks_room(zip_writer, tmp_path)
+    with files_no_larger_than(1 << 19):
+        assert lacks_room(zip_writer, tmp_path)
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("optimizer.pt", b"whole")]
+
+
 def test_the_curve_lies_beside_the_checkpoints(options, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.delitem(sys.modules, "matplotlib.figure")
