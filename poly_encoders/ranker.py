@@ -31,8 +31,8 @@ from poly_encoders.modeling.text_poly_encoder import (
 )
 from poly_encoders.saving import staged_folder
 
-# Held where upstream reads texts, for models that are left as they are: it tells their tokenizer how to cut and pad, and
-# threads share that. One for all, because a model with a lock could be neither copied nor pickled.
+# Held where upstream reads texts, for models that are left as they are: it tells their tokenizer how to cut and pad,
+# which threads share. One for all, because a model with a lock could be neither copied nor pickled.
 UPSTREAM_READS = threading.RLock()
 
 Task = Literal["query", "document"]  # sentence-transformers' words for the sides of a context and of a candidate
