@@ -163,11 +163,12 @@ def _print_comparison(results: list[Result]) -> None:
 
 
 def _print_table(title: str, headings: list[str], rows: list[list[str]]) -> None:
-    table = Table(title=title)
+    table = Table()  # its own title would be broken to its width
     for heading in headings:
         table.add_column(heading, justify="right" if heading else "left", no_wrap=not heading)
     for row in rows:
         table.add_row(*row)
+    console.print(f"[italic]{title}[/]", highlight=False, soft_wrap=True)
     console.print(table)
 
 

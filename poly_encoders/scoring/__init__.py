@@ -5,6 +5,6 @@
 
 from poly_encoders.scoring.candidates import PreparedCandidates, prepare
 from poly_encoders.scoring.dense import score
-from poly_encoders.scoring.top_k import TopK, top_k
+from poly_encoders.scoring.search import TopK, top_k
 
 __all__ = ["PreparedCandidates", "TopK", "prepare", "score", "top_k"]

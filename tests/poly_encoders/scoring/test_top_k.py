@@ -1,7 +1,6 @@
 """`top_k` against scoring everything: the same answer to the last bit in any precision, pieces and containers."""
 
 import dataclasses
-import importlib
 from contextlib import contextmanager
 from unittest import mock
 
@@ -12,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from poly_encoders import PolyEncoder, poly_score
-from poly_encoders.scoring import TopK, passes, prepare, shortlist, top_k
+from poly_encoders.scoring import TopK, passes, prepare, search, shortlist, top_k
 from poly_encoders.scoring.exact import Slices, exact_scores
 from vectors import KINDS, vectors
 
@@ -45,7 +44,6 @@ def assert_exact(context, candidates, k, held=None, precisions=("exact", "float3
 @contextmanager
 def small_pieces(rows=7, growth=2):
     """Pieces and shortlists so small that a few hundred candidates pass through everything."""
-    search = importlib.import_module("poly_encoders.scoring.top_k")
     with (
         mock.patch.multiple(passes, FIRST_ROWS=3, FEWEST_ROWS=2, MOST_ROWS=rows, ROWS_TO_ROUND=rows, GROWTH=growth),
         mock.patch.multiple(search, GROWTH=growth, WAITING=40, CONTEXT_VECTORS_AT_ONCE=12),
