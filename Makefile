@@ -14,7 +14,7 @@ CORE = tests/modeling tests/poly_encoders tests/hub tests/training/data tests/tr
 .PHONY: quickstart compare demo benchmarks test test-slow floors check wheel clean help
 
 help:
-	@echo "make quickstart   train a Poly-encoder on real dialogue and rank replies (minutes on two CPU cores)"
+	@echo "make quickstart   train a Poly- and a Bi-encoder on real dialogue and compare them (minutes on two CPU cores)"
 	@echo "make compare      the same for all three encoders, timed"
 	@echo "make demo         a page that ranks and explains, with the quick start's model (or MODEL=path)"
 	@echo "make benchmarks   time and memory of scoring and of a training step, beside their rivals"

@@ -1,147 +1,192 @@
-"""How well the encoders rank after training: the paper's comparisons, on ChitChat, as far as a machine's time goes.
+"""How well the encoders rank, before and after training at equal examples, on several sets of conversations.
 
-    python benchmarks/quality.py                          # train what is missing, then print the tables
-    python benchmarks/quality.py --runs bi-0 poly-64-0    # only these; several processes may share the work
-    python benchmarks/quality.py --tables                 # from the runs there are
+    python benchmarks/quality.py --train a/train.jsonl.gz --test a/test.jsonl.gz --train b.jsonl --test c.jsonl
+    python benchmarks/quality.py --chitchat --rows bi-mean-cosine poly-turns --seeds 0 1 2
+    python benchmarks/quality.py --chitchat --steps 0       # as they are, before any training
+    python benchmarks/quality.py --tables                   # of the runs there are
 
-Every run trains on the same backbone with the same number of examples, the Cross-encoder with half of them, and ranks
-the test split (20 candidates, seed 0). `--layers` keeps some layers of MiniLM, `--steps`, `--batch` and
-`--context_length` say how much is trained; all of these stand in the results. A run's result is its rank of each test
-context, so differences between runs are paired: their intervals are bootstrapped over the contexts. Writes
-benchmarks/results/quality/*.json, and quality.json and quality.png from them.
+A line of a training file is {"context": [turns], "response": text, "negative_1": text, ...}, with or without negatives;
+of a test file {"context": [turns], "candidates": [texts], "label": 0}. A run is a row of a set's table with a seed. One
+that is there is skipped, and several processes may share the work. All train on the same backbone with the same
+examples, a Cross-encoder on half of them. A run's result is its rank of each test context, in float32; differences are
+paired, their intervals bootstrapped over the contexts. Writes quality/*.json, quality.json and quality.png.
 """
 
 import argparse
+import contextlib
+import fcntl
+import gzip
 import json
 import logging
-import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import late_interaction
 import numpy as np
 import torch
 from measuring import machine
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModel, AutoTokenizer
+from sentence_transformers import SentenceTransformer
 from transformers.utils import logging as transformers_logging
 
 from poly_encoders import CandidateRankingEvaluator
-from poly_encoders.hardware import has_fast_bf16
-from poly_encoders.loading import load_model
+from poly_encoders.saving import replace_file, staged_folder
+from poly_encoders.tasks import json_objects
+from poly_encoders.training import train
 from poly_encoders.training.data.chitchat import chitchat_ranking_sets
-from poly_encoders.training.distill import ScoreOptions, write_scores
-from poly_encoders.training.pretrain import build_trainer as build_pretrainer
-from poly_encoders.training.pretrain import make_options as make_pretraining_options
-from poly_encoders.training.train import build_trainer, make_options, packaged_minilm
 
 RESULTS = Path(__file__).parent / "results"
 RUNS = "quality"  # the folder in it with a file a run
 DRAWS = 10_000  # of the bootstrap
-TEACHER, PRETRAINED = "cross-0", "pretrained-0"
-KINDS = ("first_m", "last_m", "first_and_last_m")
+UNTRAINED = "untrained"  # in place of a seed
+SETTINGS = ("backbone", "layers", "context_length", "steps", "batch")
 
-# What a run changes; its name ends with its seed.
-CHANGES: dict[str, dict[str, Any]] = {
-    "bi": {"architecture": "bi-encoder"},
-    "poly-64": {},
-    **{f"poly-{m}": {"num_codes": m} for m in (1, 16, 360)},
-    **{f"poly-64-{kind}": {"context_vectors": kind} for kind in KINDS},
+BI: dict[str, Any] = {"architecture": "bi-encoder"}
+LAST_TURN: dict[str, Any] = {"context_vectors": "turns", "num_codes": 1, "last_turn_share": 0.0}
+CODES: dict[str, Any] = {"context_vectors": "learnt_codes"}
+FROZEN: dict[str, Any] = {"freeze_candidate_encoder": True, "share_encoders": None}
+
+# What a row changes of the defaults. A Bi-encoder of the last turn is a Poly-encoder with that turn's vector alone.
+ROWS: dict[str, dict[str, Any]] = {
+    "bi-mean-dot": {**BI, "reduction": "mean", "similarity": "dot"},
+    "bi-mean-cosine": {**BI, "reduction": "mean"},
+    "bi-first-dot": {**BI, "reduction": "first", "similarity": "dot"},
+    "bi-first-cosine": {**BI, "reduction": "first"},
+    "bi-last-turn-dot": {**LAST_TURN, "normalize": False},
+    "bi-last-turn-cosine": LAST_TURN,
+    "poly-turns": {},
+    "poly-turns-plain": {"last_turn_share": 0.0},
+    "poly-turns-learnt-share": {"learn_last_turn_share": True},
+    "poly-turns-codes": {"context_vectors": "turns_and_codes", "num_codes": 16},
+    **{f"poly-codes-{m}": {**CODES, "num_codes": m} for m in (16, 64, 360)},
+    "poly-codes-64-cosine": {**CODES, "num_codes": 64, "normalize": True},
+    **{f"poly-{kind}-m": {"context_vectors": f"{kind}_m", "normalize": True} for kind in ("first", "last")},
     "cross": {"architecture": "cross-encoder", "num_negatives": 3},
-    "poly-64-distilled": {"distillation": "kl"},
-    "poly-64-pretrained": {},
-    "poly-64-longer": {},  # as many steps in all as pre-training and fine-tuning take
-    "cross-pretrained": {"architecture": "cross-encoder", "num_negatives": 3},
-    "cross-longer": {"architecture": "cross-encoder", "num_negatives": 3},
+    "late-interaction": {},
+    "bi-mean-cosine-frozen": {**BI, "reduction": "mean", **FROZEN},
+    "bi-last-turn-frozen": {**LAST_TURN, **FROZEN},
+    "poly-turns-frozen": FROZEN,
 }
-DEFAULT = [f"{name}-0" for name in CHANGES] + ["bi-1", "poly-64-1"]
+# Rows that start as another; their seconds are shown over that one's.
+STARTS_AS = {
+    "poly-turns-learnt-share": "poly-turns",
+    "bi-mean-cosine-frozen": "bi-mean-cosine",
+    "bi-last-turn-frozen": "bi-last-turn-cosine",
+    "poly-turns-frozen": "poly-turns",
+}
+RANDOM_START = ("poly-codes", "poly-turns-codes", "cross")  # how names of rows with new weights begin
+
+
+class DataSet(NamedTuple):
+    """What to train on, as `--dataset` of training takes it, and the ranking sets."""
+
+    name: str
+    train: str
+    test: list[dict[str, Any]]
 
 
 def main() -> None:
     """Train and rank what is missing, and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", nargs="+", default=DEFAULT, help="such as bi-0: a name and a seed (default: all)")
-    parser.add_argument("--tables", action="store_true", help="train nothing")
-    parser.add_argument("--layers", type=int, nargs="+", default=[0, 3, 5], help="of MiniLM's six (%(default)s)")
-    parser.add_argument("--steps", type=int, default=200, help="(%(default)s)")
-    parser.add_argument("--pretraining_steps", type=int, default=100, help="(%(default)s)")
-    parser.add_argument("--batch", type=int, default=32, help="(%(default)s)")
-    parser.add_argument("--context_length", type=int, default=160, help="tokens (%(default)s)")
-    parser.add_argument("--cross_sets", type=int, default=300, help="test contexts that a Cross-encoder ranks")
-    parser.add_argument("--before", action="store_true", help="rank before training as well")
-    parser.add_argument("--models", default="models/quality", help="folder to keep models in (%(default)s)")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for what comes out (%(default)s)")
-    parser.add_argument("--limit", type=int, help="test contexts to rank, the first ones; all when left out")
+    add = parser.add_argument
+    add("--train", type=Path, action="append", default=[], help="a .jsonl or .jsonl.gz file; may come several times")
+    add("--test", type=Path, action="append", default=[], help="one for each --train")
+    add("--name", action="append", default=[], help="one for each --train; its folder's when left out")
+    add("--chitchat", action="store_true", help="ChitChat, from PyPI, as well")
+    add("--rows", nargs="+", choices=[*ROWS], default=[*ROWS], metavar="ROW", help=", ".join(ROWS))
+    add("--seeds", type=int, nargs="+", default=[0], help="(%(default)s)")
+    add("--steps", type=int, default=250, help="(%(default)s); 0: rank before training")
+    add("--batch", type=int, default=32, help="(%(default)s)")
+    add("--context_length", type=int, default=192, help="tokens (%(default)s)")
+    add("--limit", type=int, help="test contexts to rank, the first ones; all when left out")
+    add("--pair_limit", type=int, default=500, help="the same of cross and late-interaction (%(default)s)")
+    add("--backbone", default="minilm", help="a SentenceTransformer (%(default)s, from PyPI)")
+    add("--layers", type=int, nargs="*", default=[0, 3, 5], help="to keep of it (%(default)s); none named: all")
+    add("--work", type=Path, default=Path("models/quality"), help="folder to work in (%(default)s)")
+    add("--results", type=Path, default=RESULTS, help="folder for what comes out (%(default)s)")
+    add("--tables", action="store_true", help="run nothing")
     options = parser.parse_args()
+    names = options.name or [file.absolute().parent.name for file in options.train]
+    if len({len(options.train), len(options.test), len(names), len(set(names))}) > 1:
+        parser.error("Each --train needs its --test, and its --name unless the folders have names of their own.")
     logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    (options.results / RUNS).mkdir(parents=True, exist_ok=True)
     if not options.tables:
-        for run in options.runs:
-            if not (options.results / RUNS / f"{run}.json").exists():
-                train_and_rank(run, options)
-    report(options.results, Console())
+        sets = [DataSet("chitchat", "chitchat", chitchat_ranking_sets("test"))] if options.chitchat else []
+        for name, *files in zip(names, options.train, options.test, strict=True):
+            first, second = (unzipped(file, options.work / "data" / name) for file in files)
+            sets.append(DataSet(name, str(first), [sample for _, sample in json_objects(second)]))
+        run_missing(sets, options)
+    report(options.results)
 
 
-def train_and_rank(run: str, options: argparse.Namespace) -> None:
-    """Train one model, rank the test split with it, and write what came out."""
-    name, _, seed = run.rpartition("-")
-    folder = Path(options.models) / run
-    steps = options.steps + options.pretraining_steps if name.endswith("-longer") else options.steps
-    sets = chitchat_ranking_sets("test", size=20, seed=0)[: options.cross_sets if "cross" in name else options.limit]
-    evaluator = CandidateRankingEvaluator(sets, batch_size=64, show_progress_bar=True)
-    before = None
-    start = time.perf_counter()
-    chosen = make_options(settings(name, int(seed), steps, folder, options))
-    if (folder / "training_args.json").is_file():
-        model, seconds = load_model(str(folder)), None
+def run_missing(sets: list[DataSet], options: argparse.Namespace) -> None:
+    """Every run that is not there and that no other process is at; a ValueError for one with other settings."""
+    wanted = {name: getattr(options, name) for name in SETTINGS}
+    rows, seeds = options.rows, options.seeds
+    if options.steps == 0:
+        rows, seeds = dict.fromkeys(filter(None, map(start_of, rows))), [UNTRAINED]
+    for seed, data, row in ((seed, data, row) for seed in seeds for data in sets for row in rows):
+        run = f"{data.name}.{row}.{seed}"
+        file = options.results / RUNS / f"{run}.json"
+        with locked(options.work / f"{run}.lock", wait=False) as is_ours:
+            if is_ours and not file.exists():
+                found = {"set": data.name, "row": row, "seed": seed, "settings": wanted, "machine": machine()}
+                replace_file(file, json.dumps(found | train_and_rank(data, row, seed, options)) + "\n")
+            elif is_ours and (there := json.loads(file.read_text())["settings"]) != wanted:
+                raise ValueError(f"{file} is of {there}, not {wanted}. Name other --results.")
+
+
+def train_and_rank(data: DataSet, row: str, seed: Any, options: argparse.Namespace) -> dict[str, Any]:
+    """Train one model, unless it is to stay as it is, and rank the test contexts with it."""
+    is_late = row == "late-interaction"
+    limit = options.pair_limit if is_late or row == "cross" else options.limit
+    evaluator = CandidateRankingEvaluator(data.test[:limit], batch_size=64)
+    building: Any = late_interaction if is_late else train
+    chosen = train.make_options(recipe(data, row, 0 if seed == UNTRAINED else seed, options))
+    found = {}
+    if seed == UNTRAINED:
+        model = building.build_model(chosen.model)
     else:
-        trainer: Any = build_trainer(chosen)
-        if options.before:
-            before = recall(rank(trainer.model, evaluator))
-            start = time.perf_counter()
+        started = time.perf_counter()
+        trainer = building.build_trainer(chosen)
+        model, ready = trainer.model, time.perf_counter()
         trainer.train()
-        trainer.save_model()
-        model, seconds = trainer.model, time.perf_counter() - start
-    ranks = rank(model, evaluator)
-    found = {
-        "run": run,
-        "examples": chosen.training.max_steps * chosen.training.train_batch_size,
-        "layers": options.layers,
-        "steps": chosen.training.max_steps,
-        "batch": chosen.training.train_batch_size,
-        "context_length": options.context_length,
-        "pretraining_steps": options.pretraining_steps if "pretrained" in name else 0,
-        "before": before,
-        "training_seconds": seconds,
-        "machine": machine(),
-        "ranks": ranks.tolist(),
-    }
-    (options.results / RUNS / f"{run}.json").write_text(json.dumps(found) + "\n", encoding="utf-8")
-    print_run(run, ranks)
-
-
-def rank(model: Any, evaluator: CandidateRankingEvaluator) -> np.ndarray:
-    """Rank of the positive of each test context, `(contexts,)`."""
+        if trainer.state.global_step < chosen.training.max_steps:
+            raise SystemExit(f"{data.name}, {row}, {seed}: stopped at step {trainer.state.global_step}")
+        found = {"seconds_before": ready - started, "seconds": time.perf_counter() - ready}
+        found["steps"] = chosen.training.max_steps
+        found["examples"] = chosen.training.max_steps * chosen.training.train_batch_size
+        found["log"] = [entry for entry in trainer.state.log_history if "loss" in entry]
     model.eval()
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=has_fast_bf16()), torch.inference_mode():
-        return evaluator.ranks(model)
+    with torch.inference_mode():
+        ranks = evaluator.ranks(model)
+    Console().print(f"{data.name}, {row}, {seed}: R@1 {recall(ranks):.2f}, {len(ranks):,} contexts")
+    return {**found, "ranks": ranks.tolist()}
 
 
-def settings(name: str, seed: int, steps: int, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+def recipe(data: DataSet, row: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """The options of a run."""
-    backbone = shallow_minilm(options.layers, Path(options.models) / "backbone")
-    base: dict[str, Any] = {
-        "model_name_or_path": backbone,
-        "dataset": "chitchat",
+    steps, changes = max(1, options.steps), dict(ROWS[row])
+    if row == "cross":  # a step is of as many pairs as the others' contexts, and there are twice as many
+        batch = max(1, options.batch // (1 + changes["num_negatives"]))
+        changes |= {"per_device_train_batch_size": batch, "max_steps": 2 * steps, "learning_rate": 5e-5}
+    if row.startswith("bi-last-turn"):
+        changes["max_turn_length"] = options.context_length  # the last turn is one vector, however long
+    return {
+        "model_name_or_path": backbone(options),
+        "share_encoders": True,
+        "dataset": data.train,
         "eval_split": None,
         "max_train_examples": steps * options.batch,
         "max_context_length": options.context_length,
         "max_candidate_length": 32,
         "turn_separator": " [SEP] ",
-        "output_dir": str(folder),
+        "output_dir": str(options.work / f"{data.name}.{row}.{seed}"),
         "max_steps": steps,
         "per_device_train_batch_size": options.batch,
         "learning_rate": 1e-4,
@@ -151,177 +196,166 @@ def settings(name: str, seed: int, steps: int, folder: Path, options: argparse.N
         "logging_steps": 10,
         "report_to": "none",
         "seed": seed,
+        **changes,
     }
-    changes = dict(CHANGES[name])
-    architecture = changes.get("architecture", "poly-encoder")
-    if architecture != "cross-encoder":
-        changes["reduction"] = "mean"
-    else:
-        # A step is of as many pairs as the others' contexts, or as pre-training's pairs; there are twice as many.
-        batch = max(1, options.batch // (1 + changes["num_negatives"]))
-        changes |= {"per_device_train_batch_size": batch, "max_steps": options.steps + steps, "learning_rate": 5e-5}
-    if "distilled" in name:
-        changes |= distilled_data(base, options)
-    if "pretrained" in name:
-        start = pretrained(backbone, options)
-        changes["model_name_or_path"] = f"{start}/cross-encoder" if architecture == "cross-encoder" else start
-    return {**base, **changes}
 
 
-def distilled_data(base: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
-    """The training data with the Cross-encoder's scores, which are computed where they are missing."""
-    teacher = Path(options.models) / TEACHER
-    if not (teacher / "training_args.json").is_file():
-        raise FileNotFoundError(f"There is no teacher yet; run {TEACHER} first.")
-    scores = ScoreOptions(folder=str(Path(options.models) / "teacher-scores"), num_negatives=1)
-    write_scores(str(teacher), scores, make_options(base))
-    return {"dataset": scores.folder, "max_train_examples": None}
-
-
-def pretrained(backbone: str, options: argparse.Namespace) -> str:
-    """The backbone after pre-training on the same data, which is done where it is missing."""
-    folder = Path(options.models) / PRETRAINED
-    if not (folder / "training_args.json").is_file():
-        trainer: Any = build_pretrainer(
-            make_pretraining_options(
-                {
-                    "model_name_or_path": backbone,
-                    "dataset": "chitchat",
-                    "max_context_length": options.context_length,
-                    "max_candidate_length": 32,
-                    "turn_separator": " [SEP] ",
-                    "output_dir": str(folder),
-                    "max_steps": options.pretraining_steps,
-                    "per_device_train_batch_size": options.batch,
-                    "learning_rate": 1e-4,
-                    "warmup_steps": options.pretraining_steps // 10,
-                    "dropout": 0.0,
-                    "save_strategy": "no",
-                    "logging_steps": 10,
-                    "report_to": "none",
-                }
-            )
-        )
-        trainer.train()
-        trainer.save_model()
+def backbone(options: argparse.Namespace) -> str:
+    """The checkpoint with the layers that were asked for."""
+    path = train.checkpoint_path(options.backbone)
+    if not options.layers:
+        return path
+    folder = options.work / "-".join([Path(options.backbone).name, *map(str, options.layers)])
+    with locked(options.work / "backbone.lock"):
+        if not folder.exists():
+            model = SentenceTransformer(path, device="cpu")
+            inner: Any = model[0].model
+            inner.encoder.layer = torch.nn.ModuleList([inner.encoder.layer[number] for number in options.layers])
+            inner.config.num_hidden_layers = len(options.layers)
+            with staged_folder(folder) as staging:
+                model.save(staging)
     return str(folder)
 
 
-def shallow_minilm(layers: list[int], folder: Path) -> str:
-    """MiniLM with some of its layers, as a plain checkpoint."""
-    if not (folder / "model.safetensors").is_file():
-        path = packaged_minilm()
-        model = AutoModel.from_pretrained(path)
-        model.encoder.layer = torch.nn.ModuleList([model.encoder.layer[number] for number in layers])
-        model.config.num_hidden_layers = len(layers)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as beside:
-            model.save_pretrained(beside)
-            AutoTokenizer.from_pretrained(path).save_pretrained(beside)
-            if not folder.exists():
-                Path(beside).rename(folder)
-                Path(beside).mkdir()  # for the context manager to remove
-    return str(folder)
+def unzipped(file: Path, folder: Path) -> Path:
+    """The file, or what a zipped one holds, which is put there."""
+    target = folder / file.stem
+    if file.suffix != ".gz":
+        return file
+    if not target.exists() or target.stat().st_mtime < file.stat().st_mtime:
+        replace_file(target, gzip.decompress(file.read_bytes()))
+    return target
 
 
-def recall(ranks: np.ndarray, k: int = 1) -> float:
-    """Points of R@k."""
-    return 100.0 * float((ranks <= k).mean())
+@contextlib.contextmanager
+def locked(file: Path, wait: bool = True) -> Iterator[bool]:
+    """Whether a lock was to be had, at once or after waiting; it is held till the block or the process ends."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            is_held = True
+        except BlockingIOError:
+            is_held = False
+        yield is_held
+
+
+def start_of(row: str) -> str | None:
+    """The row that ranks before training as this one does; none where chance has a say."""
+    return None if row.startswith(RANDOM_START) else STARTS_AS.get(row, row)
+
+
+# --- figures ---------------------------------------------------------------------------------------------------------
+
+
+def recall(ranks: np.ndarray) -> float:
+    """Points of R@1."""
+    return 100.0 * float((ranks <= 1).mean())
 
 
 def paired_interval(first: np.ndarray, second: np.ndarray) -> tuple[float, float, float]:
     """Points of R@1 by which the first leads, and its 95 % bootstrap interval over the contexts both ranked.
 
     Args:
-        first, second: Ranks, `(contexts,)` or `(seeds, contexts)`.
+        first, second: Ranks, `(seeds, contexts)`, of any number of seeds each.
     """
-    both = min(first.shape[-1], second.shape[-1])
-    lead = 100.0 * ((first[..., :both] <= 1).astype(float) - (second[..., :both] <= 1))
-    lead = lead.reshape(-1, both).mean(axis=0)  # of a context over the seeds: the contexts are the sample
+    both = min(first.shape[1], second.shape[1])
+    # Of a context over the seeds: the contexts are the sample.
+    lead = 100.0 * ((first[:, :both] <= 1).mean(axis=0) - (second[:, :both] <= 1).mean(axis=0))
     draw = np.random.default_rng(0)
     means = [lead[draw.integers(both, size=both)].mean() for _ in range(DRAWS)]
     low, high = np.quantile(means, [0.025, 0.975])
     return float(lead.mean()), float(low), float(high)
 
 
-def print_run(run: str, ranks: np.ndarray) -> None:
-    """One line."""
-    Console().print(f"{run}: R@1/20 {recall(ranks):.2f}, MRR {100 * (1 / ranks).mean():.2f}, {len(ranks):,} contexts")
+def best_bi_encoder(ranks: dict[str, np.ndarray], is_frozen: bool = False) -> str | None:
+    """The Bi-encoder of highest R@1 over all seeds: of those whose candidates stay, or of the others."""
+    rows = [row for row in ranks if row.startswith("bi-") and row.endswith("-frozen") == is_frozen]
+    return max(rows, key=lambda row: recall(ranks[row]), default=None)
 
 
-def report(results: Path, console: Console) -> None:
-    """Print the tables of all runs there are, and write them."""
-    runs = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted((results / RUNS).glob("*.json"))}
-    if not runs:
-        return
-    ranks = {name: np.array(found["ranks"]) for name, found in runs.items()}
-    table = Table(title="ChitChat, 20 candidates")
-    for heading in (
-        "run",
-        "examples",
-        "contexts",
-        "R@1/20",
-        "R@5/20",
-        "MRR",
-        "over the Bi-encoder of the seed, R@1/20",
-    ):
-        table.add_column(heading, justify="right" if heading != "run" else "left")
-    rows = []
-    for name, found in runs.items():
-        row = {key: value for key, value in found.items() if key not in ("ranks", "machine")}
-        row |= {"contexts": len(ranks[name]), "recall@1": recall(ranks[name]), "recall@5": recall(ranks[name], 5)}
-        row["mrr"] = 100 * float((1 / ranks[name]).mean())
-        rival = f"bi-{name.rpartition('-')[2]}"
-        shown = ""
-        if rival in ranks and rival != name:
-            lead, low, high = paired_interval(ranks[name], ranks[rival])
-            row["lead"], row["interval"] = lead, [low, high]
-            shown = f"{lead:+.2f} ({low:+.2f} to {high:+.2f})"
-        rows.append(row)
-        figures = (f"{row[key]:.2f}" for key in ("recall@1", "recall@5", "mrr"))
-        table.add_row(name, f"{found['examples']:,}", f"{row['contexts']:,}", *figures, shown)
-    console.print(table)
-    summary = {"machine": next(iter(runs.values()))["machine"], "rows": rows, "pairs": pairs(ranks, console)}
-    (results / "quality.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    plot(rows, results / "quality.png")
-
-
-def pairs(ranks: dict[str, np.ndarray], console: Console) -> list[dict[str, Any]]:
-    """The comparisons that the encoders are for, pooled over seeds where there are several."""
-    found = []
-    for title, first, second in (
-        ("Poly-encoder, m = 64, over Bi-encoder", "poly-64", "bi"),
-        ("distilled over undistilled", "poly-64-distilled", "poly-64"),
-        ("distilled over its teacher", "poly-64-distilled", "cross"),
-        ("pre-trained over not", "poly-64-pretrained", "poly-64"),
-        ("pre-trained over as many steps of fine-tuning", "poly-64-pretrained", "poly-64-longer"),
-        ("Cross-encoder, pre-trained over not", "cross-pretrained", "cross"),
-        ("Cross-encoder, pre-trained over as many steps of fine-tuning", "cross-pretrained", "cross-longer"),
-    ):
-        seeds = [seed for seed in "0123" if f"{first}-{seed}" in ranks and f"{second}-{seed}" in ranks]
-        if not seeds:
-            continue
-        both = min(len(ranks[f"{name}-{seed}"]) for name in (first, second) for seed in seeds)
-        left, right = ([ranks[f"{name}-{seed}"][:both] for seed in seeds] for name in (first, second))
-        lead, low, high = paired_interval(np.stack(left), np.stack(right))
-        console.print(f"{title}: {lead:+.2f} points of R@1/20, 95 % {low:+.2f} to {high:+.2f}, seeds: {len(seeds)}")
-        found.append({"what": title, "lead": lead, "interval": [low, high], "seeds": len(seeds)})
+def summarized(runs: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """By row, what runs of one set come to, and the lead over the Bi-encoder that is best there."""
+    by_row = {row: those for row in ROWS if (those := [run for run in runs if run["row"] == row])}
+    shared = {row: min(len(run["ranks"]) for run in those) for row, those in by_row.items()}
+    ranks = {row: np.array([run["ranks"][: shared[row]] for run in those]) for row, those in by_row.items()}
+    found: dict[str, dict[str, Any]] = {}
+    for row, own in ranks.items():
+        found[row] = {
+            "recall@1": recall(own),
+            "mrr": 100 * float((1 / own).mean()),
+            "seeds": len(own),
+            "contexts": own.shape[1],
+        }
+        if "seconds" in (first := by_row[row][0]):
+            found[row] |= {"examples": first["examples"], "settings": first["settings"]}
+            found[row]["step_seconds"] = min(run["seconds"] / run["steps"] for run in by_row[row])  # undisturbed
+        rival = best_bi_encoder(ranks, row.endswith("-frozen"))
+        if rival is not None:
+            lead, *interval = paired_interval(own, ranks[rival])
+            found[row] |= {"lead": lead, "interval": interval, "over": rival}
     return found
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """R@1/20 of every run, with its standard error."""
+def report(results: Path) -> None:
+    """Print the tables of all runs there are, and write them."""
+    runs = [json.loads(file.read_text(encoding="utf-8")) for file in sorted((results / RUNS).glob("*.json"))]
+    sets: dict[str, dict[str, Any]] = {}
+    for name in dict.fromkeys(run["set"] for run in runs):
+        own = [run for run in runs if run["set"] == name]
+        untrained, trained = ([run for run in own if (run["seed"] == UNTRAINED) == kind] for kind in (True, False))
+        sets[name] = {"untrained": summarized(untrained), "trained": summarized(trained)}
+        Console(width=150).print(table_of(name, **sets[name]))
+    if sets:
+        summary = {"machine": runs[0]["machine"], "sets": sets}
+        replace_file(results / "quality.json", json.dumps(summary, indent=1) + "\n")
+        plot(sets, results / "quality.png")
+
+
+def table_of(name: str, untrained: dict[str, Any], trained: dict[str, Any]) -> Table:
+    """A set's; rows with frozen candidates lead over the best Bi-encoder of their kind."""
+    table = Table("row", title=f"{name}: R@1, and the lead in it over the best Bi-encoder, points")
+    for heading in ("untrained", "lead", "trained", "MRR", "lead", "contexts, seeds", "examples", "s / step"):
+        table.add_column(heading, justify="right")
+    for row in ROWS:
+        before, after = untrained.get(start_of(row)), trained.get(row)
+        if not after and not (before and start_of(row) == row):
+            continue
+        cells = [f"{before['recall@1']:.2f}", lead_of(start_of(row), before)] if before else ["", ""]
+        if after:
+            cells += [f"{after['recall@1']:.2f}", f"{after['mrr']:.2f}", lead_of(row, after)]
+            cells += [f"{after['contexts']:,}, {after['seeds']}", f"{after['examples']:,}"]
+            full = trained.get(STARTS_AS.get(row))
+            beside = f" ({after['step_seconds'] / full['step_seconds']:.2f} x)" if full else ""
+            cells.append(f"{after['step_seconds']:.2f}{beside}")
+        table.add_row(row, *cells)
+    return table
+
+
+def lead_of(row: str, found: dict[str, Any]) -> str:
+    """The lead with its interval, where there is a Bi-encoder and it is another."""
+    if found.get("over") in (None, row):
+        return "best" if "over" in found else ""
+    return "{:+.2f} ({:+.2f} to {:+.2f})".format(found["lead"], *found["interval"])
+
+
+def plot(sets: dict[str, Any], path: Path) -> None:
+    """R@1 of every row with its standard error, hollow before training; one drawing a set."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 0.35 * len(rows) + 1.2), layout="constrained")
-    axes = figure.subplots()
-    values = [row["recall@1"] for row in rows]
-    errors = [100 * np.sqrt(v / 100 * (1 - v / 100) / row["contexts"]) for v, row in zip(values, rows, strict=True)]
-    axes.errorbar(values, range(len(rows)), xerr=errors, fmt="o")
-    axes.set_yticks(range(len(rows)), [row["run"] for row in rows])
-    axes.set_xlabel("R@1/20, points, with its standard error")
-    axes.grid(alpha=0.3)
-    axes.invert_yaxis()
+    rows = [row for row in ROWS if any(row in kind for kinds in sets.values() for kind in kinds.values())]
+    figure = Figure(figsize=(2 + 4 * len(sets), 0.3 * len(rows) + 1.2), layout="constrained")
+    drawings = figure.subplots(1, len(sets), sharey=True, squeeze=False)[0]
+    for axes, (name, kinds) in zip(drawings, sets.items(), strict=True):
+        for row, (kind, face) in ((row, kind) for row in rows for kind in (("untrained", "none"), ("trained", "C0"))):
+            if found := kinds[kind].get(row):
+                value = found["recall@1"]
+                error = np.sqrt(value * (100 - value) / found["contexts"])
+                axes.errorbar(value, rows.index(row), xerr=error, fmt="o", color="C0", markerfacecolor=face)
+        axes.set(title=name, xlabel="R@1, points; hollow: before training")
+        axes.grid(alpha=0.3)
+    drawings[0].set_yticks(range(len(rows)), rows)
+    drawings[0].invert_yaxis()  # shared
     figure.savefig(path, dpi=120)
 
 

@@ -32,7 +32,8 @@ from poly_encoders.training.data.chitchat import chitchat_ranking_sets, load_chi
 from poly_encoders.training.data.collators import row_lengths
 from poly_encoders.training.data.sampling import LengthSortedBatchSampler
 from poly_encoders.training.methods.losses import InBatchNegativesLoss
-from poly_encoders.training.runs.trainers import CHARACTERS_PER_TOKEN, freeze_word_embeddings, set_dropout
+from poly_encoders.training.runs.preparing import freeze_word_embeddings, set_dropout
+from poly_encoders.training.runs.trainers import CHARACTERS_PER_TOKEN
 from poly_encoders.training.train import packaged_minilm
 
 BATCH, ROUNDS = 64, 6

@@ -28,6 +28,7 @@ from transformers.configuration_utils import strict  # huggingface_hub's, by way
 
 from .text_poly_encoder import TURN_SEPARATOR, checked_count
 
+_NO_LIMIT = 10**9  # transformers gives more than this to a tokenizer that knows no limit
 # Task -> the class of the file that travels beside the weights, and the Auto class that loads its model.
 _PIPELINES = {"sentence-similarity": {"impl": "pipeline_poly_encoder.PolyEncoderPipeline", "pt": ["AutoModel"]}}
 
@@ -59,17 +60,35 @@ class PolyEncoderConfig(PreTrainedConfig):
         share_encoders (`bool`, defaults to `False`):
             One backbone for both sides. The paper's encoders are separate (section 4.1).
         context_vectors (`str`, defaults to `"learnt_codes"`):
-            How a context becomes m vectors (section 4.4): `"learnt_codes"`, m learnt queries that attend over all
-            hidden states; `"first_m"` and `"last_m"`, the first or last m hidden states; `"first_and_last_m"`, the last
-            m and the first one, m + 1 vectors in all.
+            How a context becomes m vectors. The paper's kinds (section 4.4): `"learnt_codes"`, m learnt queries that
+            attend over all hidden states; `"first_m"` and `"last_m"`, the first or last m hidden states;
+            `"first_and_last_m"`, the last m and the first one, m + 1 vectors in all. Ours: `"turns"`, one vector for
+            each of the last m turns, the mean of its tokens' hidden states, which have all read the whole context
+            (late chunking, arXiv:2409.04701, with turns as chunks); `"turns_and_codes"`, m of either, 2 m in all.
         num_codes (`int`, defaults to 64):
-            m, the number of context vectors, for all four kinds. At least 1.
+            m, the number of context vectors, for all kinds. At least 1.
         reduction (`str`, defaults to `"mean"`):
             How a candidate becomes one vector (section 4.2): `"first"` hidden state, `"mean"` of all,
             or `"first_m_mean"`, the mean of the first m (`num_codes`). `candidate_vector` is an older name of it.
         code_attention, final_attention (`str`, defaults to `"basic"`):
             Attention of the codes over the context, and of the candidate over the context vectors: `"basic"` takes
             dot products as they are, `"sqrt"` divides them by the square root of the width.
+        normalize (`bool`, defaults to `False`):
+            Scale candidate vectors, the vectors of turns and those of codes to length 1, so that scores are cosines.
+        final_temperature (`float`, defaults to 1.0):
+            T of the final attention, `sum_i softmax(d / T)_i d_i`. Cosines need one well below 1, such as 0.025.
+        learn_final_temperature (`bool`, defaults to `False`):
+            T is a weight, `exp(log_temperature)`, that starts at `final_temperature`.
+        last_turn_share (`float`, defaults to 0.0):
+            s, how much of the last turn, which a reply answers first of all, is in each turn's (or code's) vector:
+            `y_t = s u_last + (1 - s) u_t`. From 0 to below 1. With `normalize` every u has length 1, y_t at most 1.
+        learn_last_turn_share (`bool`, defaults to `False`):
+            s is a weight, `sigmoid(last_turn_logit)`, that starts at `last_turn_share`, which may not be 0 then.
+        max_turn_length (`int`, *optional*, defaults to 64):
+            A turn of more tokens, as a document is, is split into windows of about equal length, at most this.
+        turn_boundary_ids (`list[int]`, *optional*):
+            Where token ids come without `turn_ids`, turns are what lies between these tokens. All is one turn when
+            left out. `PolyEncoder` sets it for its tokenizer and turn separator.
         output_scaling (`float`, defaults to 1.0):
             A factor on the hidden states of both backbones. The paper's models use 0.06.
         code_std (`float`, defaults to 0.05):
@@ -101,11 +120,20 @@ class PolyEncoderConfig(PreTrainedConfig):
     context_encoder: Any = None  # given as PreTrainedConfig, dict or None; always a PreTrainedConfig afterwards
     candidate_encoder: Any = None  # likewise, or None for shared encoders
     share_encoders: bool = False
-    context_vectors: Literal["learnt_codes", "first_m", "last_m", "first_and_last_m"] = "learnt_codes"
+    context_vectors: Literal["learnt_codes", "first_m", "last_m", "first_and_last_m", "turns", "turns_and_codes"] = (
+        "learnt_codes"
+    )
     num_codes: int = 64
     reduction: Literal["first", "mean", "first_m_mean"] = "mean"
     code_attention: Literal["basic", "sqrt"] = "basic"
     final_attention: Literal["basic", "sqrt"] = "basic"
+    normalize: bool = False
+    final_temperature: int | float = 1.0
+    learn_final_temperature: bool = False
+    last_turn_share: int | float = 0.0
+    learn_last_turn_share: bool = False
+    max_turn_length: int | None = 64
+    turn_boundary_ids: list[int] | None = None
     output_scaling: int | float = 1.0
     code_std: int | float = 0.05
     max_context_length: int | None = None
@@ -132,8 +160,19 @@ class PolyEncoderConfig(PreTrainedConfig):
 
     @property
     def num_context_vectors(self) -> int:
-        """Vectors a context becomes: m, or m + 1 for `"first_and_last_m"`."""
-        return self.num_codes + (self.context_vectors == "first_and_last_m")
+        """Vectors a context becomes: m, m + 1 for `"first_and_last_m"`, 2 m for `"turns_and_codes"`."""
+        more = {"first_and_last_m": 1, "turns_and_codes": self.num_codes}
+        return self.num_codes + more.get(self.context_vectors, 0)
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether codes are learnt."""
+        return self.context_vectors in ("learnt_codes", "turns_and_codes")
+
+    @property
+    def has_turns(self) -> bool:
+        """Whether the turns of a context have vectors."""
+        return self.context_vectors in ("turns", "turns_and_codes")
 
     @property
     def custom_pipelines(self) -> dict[str, dict[str, Any]]:
@@ -190,9 +229,21 @@ class PolyEncoderConfig(PreTrainedConfig):
             raise ValueError(f"output_scaling must be a positive finite number, got {self.output_scaling!r}.")
         if not (math.isfinite(self.code_std) and self.code_std >= 0):
             raise ValueError(f"code_std must be a finite number of at least 0, got {self.code_std!r}.")
+        if not (math.isfinite(self.final_temperature) and self.final_temperature > 0):
+            raise ValueError(f"final_temperature must be a positive finite number, got {self.final_temperature!r}.")
+
+    def validate_last_turn_share(self) -> None:
+        if not 0 <= self.last_turn_share < 1:
+            raise ValueError(f"last_turn_share must be at least 0 and below 1, got {self.last_turn_share!r}.")
+        if (self.last_turn_share or self.learn_last_turn_share) and not self.has_turns:
+            raise ValueError(
+                f"last_turn_share is for context_vectors 'turns' and 'turns_and_codes', not {self.context_vectors!r}."
+            )
+        if self.learn_last_turn_share and not self.last_turn_share:
+            raise ValueError("A last_turn_share that is learnt starts above 0; give one, such as 0.5.")
 
     def validate_lengths(self) -> None:
-        for name in ("max_context_length", "max_candidate_length", "max_turns"):
+        for name in ("max_context_length", "max_candidate_length", "max_turns", "max_turn_length"):
             checked_count(getattr(self, name), name)
 
     def validate_encoders(self) -> None:
@@ -290,6 +341,36 @@ def _backbone_recipe(config: PreTrainedConfig) -> tuple[Any, Any, dict[str, Any]
 
 def _encoder_of(model: PreTrainedModel) -> PreTrainedModel:
     return model.get_encoder() if getattr(model.config, "is_encoder_decoder", False) else model
+
+
+def position_limit(encoder: PreTrainedModel) -> int | None:
+    """The longest input the backbone has positions for, special tokens included; `None` where there is no limit.
+
+    RoBERTa and its kin count positions from `padding_idx + 1`, so 514 rows of embeddings hold 512 positions.
+    """
+    for name, module in encoder.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            offset = 0 if module.padding_idx is None else module.padding_idx + 1
+            return module.num_embeddings - offset
+    limit = getattr(encoder.config.get_text_config(), "max_position_embeddings", None)
+    return limit if limit is not None and limit > 0 else None
+
+
+def token_limit(tokenizer: Any, encoder: PreTrainedModel, wanted: int | None = None) -> int:
+    """Tokens to keep of a text: the smallest of the wishes and limits, special tokens included.
+
+    Raises:
+        ValueError: what is left does not even hold the special tokens.
+    """
+    limits = [wanted, tokenizer.model_max_length, position_limit(encoder), _NO_LIMIT]
+    limit = min(limit for limit in limits if limit is not None)
+    special = tokenizer.num_special_tokens_to_add()
+    if limit <= special:
+        raise ValueError(
+            f"At most {limit} tokens are kept of a text, but the tokenizer adds {special} special tokens, which leaves "
+            "no room for the text. Raise max_context_length or max_candidate_length."
+        )
+    return int(limit)
 
 
 __all__ = ["PolyEncoderConfig"]

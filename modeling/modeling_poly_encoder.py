@@ -12,6 +12,7 @@ This file travels to the Hub beside the weights, so it imports the standard libr
 
 import copy
 import inspect
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,14 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_poly_encoder import PolyEncoderConfig, build_backbone, load_backbone
 from .pipeline_poly_encoder import PolyEncoderPipeline  # noqa: F401
-from .scoring_poly_encoder import padding_last, poly_score, reordered, reordered_twice, take_tokens
+from .scoring_poly_encoder import (
+    ReductionMixin,
+    padding_last,
+    poly_score,
+    reordered,
+    reordered_twice,
+    turns_between,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -49,7 +57,7 @@ class PolyEncoderOutput(ModelOutput):
     candidate_attentions: tuple[Tensor, ...] | None = None
 
 
-class PolyEncoderModel(PreTrainedModel):
+class PolyEncoderModel(ReductionMixin, PreTrainedModel):
     """Two backbones, m context vectors, one vector a candidate, and the attention between them as the score.
 
     Args:
@@ -78,8 +86,12 @@ class PolyEncoderModel(PreTrainedModel):
             # One registered module where encoders are shared: one set of weights in memory and in the file. Registered
             # by hand, because the name is a property too, which is there in either case.
             self._modules["candidate_encoder"] = self._adopt("candidate_encoder", candidate_encoder)
-        if config.context_vectors == "learnt_codes":
+        if config.has_codes:
             self.codes = nn.Parameter(torch.empty(config.num_codes, config.hidden_size))
+        if config.learn_final_temperature:
+            self.log_temperature = nn.Parameter(torch.empty(1))
+        if config.learn_last_turn_share:
+            self.last_turn_logit = nn.Parameter(torch.empty(1))
         towers = (self.context_encoder, self.candidate_encoder)
         self.supports_gradient_checkpointing = all(tower.supports_gradient_checkpointing for tower in towers)
         # What sentence_transformers.SentenceTransformer calls when it is pointed at a Poly-encoder by mistake.
@@ -95,27 +107,26 @@ class PolyEncoderModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if module is self and self.config.context_vectors == "learnt_codes":
+        if module is not self:
+            return
+        if self.config.has_codes:
             init.normal_(self.codes, mean=0.0, std=self.config.code_std)
+        if self.config.learn_final_temperature:
+            init.constant_(self.log_temperature, math.log(self.config.final_temperature))
+        if self.config.learn_last_turn_share:
+            share = self.config.last_turn_share
+            init.constant_(self.last_turn_logit, math.log(share / (1 - share)))
 
     @property
     def candidate_encoder(self) -> PreTrainedModel:
         """The backbone that reads candidates; the context's own where encoders are shared."""
         return self._modules.get("candidate_encoder") or self.context_encoder
 
-    @property
-    def final_scale(self) -> float:
-        """Factor on the dots in the final attention's softmax; give it to `poly_score` for this model's vectors."""
-        return self._attention_scale(self.config.final_attention)
-
-    def _attention_scale(self, kind: Literal["basic", "sqrt"]) -> float:
-        return self.config.hidden_size**-0.5 if kind == "sqrt" else 1.0
-
     @classmethod
     def from_encoders_pretrained(
         cls, context: str | os.PathLike[str], candidate: str | os.PathLike[str] | None = None, **kwargs: Any
     ) -> "PolyEncoderModel":
-        """Build a Poly-encoder on two pre-trained backbones; only the codes are new.
+        """Build a Poly-encoder on two pre-trained backbones; only the codes are new, where there are any.
 
         Args:
             context: Local folder or Hub id of the context's backbone.
@@ -150,7 +161,8 @@ class PolyEncoderModel(PreTrainedModel):
             **ours,
         )
         model = cls(config, context_encoder, candidate_encoder).to(context_encoder.device, context_encoder.dtype)
-        logger.warning_once("The codes of this Poly-encoder are new: train it before you rely on its scores.")
+        if config.has_codes:
+            logger.warning_once("The codes of this Poly-encoder are new: train it before you rely on its scores.")
         return model.eval()
 
     # --- the two sides -------------------------------------------------------------------------------------------
@@ -164,12 +176,14 @@ class PolyEncoderModel(PreTrainedModel):
             input_ids: `(batch, length)` int64 token ids.
             attention_mask: `(batch, length)`, 1 for a token and 0 for padding, on either side. All ones by default.
             **inputs: `token_type_ids`, `position_ids`, `(batch, length)`, left out where a backbone knows none of them;
-                `inputs_embeds`, `(batch, length, embedding size)`, in place of `input_ids`.
+                `inputs_embeds`, `(batch, length, embedding size)`, in place of `input_ids`; `turn_ids`, `(batch,
+                length)` int64, the turn of each token, 1, 2, ... in their order and 0 for one in no turn, which are
+                read off `config.turn_boundary_ids` when left out.
 
         Returns:
-            `(batch, m, dim)` context vectors; where a context has fewer than m tokens, the rest is all-zero.
+            `(batch, m, dim)` context vectors; where a context has fewer than m tokens or turns, the rest is all-zero.
         """
-        return self._encode("context", _backbone_inputs(input_ids, attention_mask, **inputs))[1]
+        return self.encode_side("context", _backbone_inputs(input_ids, attention_mask, **inputs))[1]
 
     def get_candidate_features(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **inputs: Tensor | None
@@ -179,7 +193,7 @@ class PolyEncoderModel(PreTrainedModel):
         Returns:
             `(n, dim)` candidate vectors. They depend on nothing else, so they can be kept.
         """
-        return self._encode("candidate", _backbone_inputs(input_ids, attention_mask, **inputs))[1]
+        return self.encode_side("candidate", _backbone_inputs(input_ids, attention_mask, **inputs))[1]
 
     @can_return_tuple
     def forward(
@@ -189,6 +203,7 @@ class PolyEncoderModel(PreTrainedModel):
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        turn_ids: Tensor | None = None,
         candidate_input_ids: Tensor | None = None,
         candidate_attention_mask: Tensor | None = None,
         candidate_token_type_ids: Tensor | None = None,
@@ -200,7 +215,7 @@ class PolyEncoderModel(PreTrainedModel):
         """Encode contexts, and candidates where given; score them, and take the loss where labels are given.
 
         Args:
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds: The contexts, as for
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, turn_ids: The contexts, as for
                 `get_context_features`.
             candidate_input_ids: `(n, length)`, shared by the batch, or `(batch, n, length)`, a set per context.
             candidate_attention_mask, candidate_token_type_ids: Of the same shape as `candidate_input_ids`.
@@ -223,8 +238,9 @@ class PolyEncoderModel(PreTrainedModel):
             token_type_ids=token_type_ids,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
+            turn_ids=turn_ids,
         )
-        context, context_vectors = self._encode("context", inputs, **options)
+        context, context_vectors = self.encode_side("context", inputs, **options)
         output = PolyEncoderOutput(
             context_vectors=context_vectors, hidden_states=context.hidden_states, attentions=context.attentions
         )
@@ -238,22 +254,34 @@ class PolyEncoderModel(PreTrainedModel):
             None if tensor is None else tensor.flatten(0, -2)
             for tensor in (candidate_input_ids, candidate_attention_mask, candidate_token_type_ids)
         )
-        candidates, vectors = self._encode("candidate", _backbone_inputs(ids, mask, token_type_ids=segments), **options)
+        candidates, vectors = self.encode_side(
+            "candidate", _backbone_inputs(ids, mask, token_type_ids=segments), **options
+        )
         output.candidate_vectors = candidate_vectors = vectors.unflatten(0, leading)
         output.candidate_hidden_states = candidates.hidden_states
         output.candidate_attentions = candidates.attentions
-        output.scores = poly_score(context_vectors, candidate_vectors, self.final_scale)
+        output.scores = poly_score(context_vectors, candidate_vectors, self._scale())
         if labels is not None:
             output.loss = cross_entropy(output.scores, labels)
         return output
 
-    def _encode(
+    def encode_side(
         self, side: Literal["context", "candidate"], inputs: dict[str, Tensor], **options: Any
     ) -> tuple[Any, Tensor]:
-        """One backbone's output, and the vectors made of it."""
+        """One backbone's output for `inputs` as `run_encoder` takes them, and the vectors made of it."""
         output = self.run_encoder(side, inputs, **options)
-        reduce = self.reduce_context if side == "context" else self.reduce_candidate
-        return output, reduce(output.last_hidden_state, inputs["attention_mask"])
+        hidden, mask = output.last_hidden_state, inputs["attention_mask"]
+        if side == "candidate":
+            return output, self.reduce_candidate(hidden, mask)
+        return output, self.reduce_context(hidden, mask, self.turns_of(inputs))
+
+    def turns_of(self, inputs: dict[str, Tensor]) -> Tensor | None:
+        """The turn of each token, `(batch, length)`, as given or as ids tell; `None` where no turn has a vector."""
+        if not self.config.has_turns or "turn_ids" in inputs:
+            return inputs.get("turn_ids")
+        if "input_ids" not in inputs:
+            return torch.ones_like(inputs["attention_mask"])
+        return turns_between(inputs["input_ids"], inputs["attention_mask"], self.config.turn_boundary_ids)
 
     def run_encoder(self, side: Literal["context", "candidate"], inputs: dict[str, Tensor], **options: Any) -> Any:
         """One backbone's output for `inputs` of `input_ids`, `attention_mask`, ...; what it cannot take is left out.
@@ -282,51 +310,6 @@ class PolyEncoderModel(PreTrainedModel):
                 output.attentions = tuple(reordered_twice(layer, back) for layer in output.attentions)
         output.last_hidden_state = hidden
         return output
-
-    def reduce_context(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
-        """Context vectors `(batch, m, dim)` from hidden states `(batch, length, dim)` and their mask (section 4.4)."""
-        if self.config.context_vectors != "learnt_codes":
-            return self._take_context_tokens(hidden, attention_mask)
-        weights = self.context_attention(hidden, attention_mask).to(hidden.dtype)
-        return torch.einsum("bml,bld->bmd", weights, hidden).to(hidden.dtype)
-
-    def context_attention(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
-        """How much of each token is in each context vector; arguments as for `reduce_context`.
-
-        Returns:
-            `(batch, m, length)` weights, float32 (float64 for float64 hidden states). Each row sums to 1: over all
-            tokens for learnt codes, on the one token taken for the other kinds; a row of padding is all-zero.
-        """
-        if self.config.context_vectors != "learnt_codes":
-            precise = torch.promote_types(hidden.dtype, torch.float32)
-            each = torch.eye(hidden.shape[1], dtype=precise, device=hidden.device).expand(len(hidden), -1, -1)
-            return self._take_context_tokens(each, attention_mask)
-        # A fresh product, so always aligned in memory: a loaded model computes bit for bit what the saved one did.
-        codes = (self.codes * self._attention_scale(self.config.code_attention)).to(hidden.device, hidden.dtype)
-        logits = torch.einsum("md,bld->bml", codes, hidden)
-        logits = logits.masked_fill(attention_mask[:, None] == 0, torch.finfo(logits.dtype).min)
-        return logits.softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-
-    def _take_context_tokens(self, values: Tensor, attention_mask: Tensor) -> Tensor:
-        """Of `(batch, length, width)` values those of the tokens that become context vectors, `(batch, m, width)`."""
-        kind, m = self.config.context_vectors, self.config.num_codes
-        if kind == "first_m":
-            return take_tokens(values, attention_mask, m)
-        last = take_tokens(values, attention_mask, m, from_end=True)
-        if kind == "last_m":
-            return last
-        return torch.cat([take_tokens(values, attention_mask, 1), last], dim=1)
-
-    def reduce_candidate(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
-        """Candidate vectors `(n, dim)` from hidden states `(n, length, dim)` and their mask (section 4.2)."""
-        if self.config.reduction == "first":
-            return take_tokens(hidden, attention_mask, 1)[:, 0]
-        mask = attention_mask != 0
-        if self.config.reduction == "first_m_mean":
-            mask = mask & (mask.cumsum(dim=-1) <= self.config.num_codes)
-        weights = mask[..., None].to(hidden.dtype)
-        total = (hidden * weights).sum(dim=1, dtype=torch.promote_types(hidden.dtype, torch.float32))
-        return (total / mask.sum(dim=-1, keepdim=True).clamp(min=1)).to(hidden.dtype)
 
     # --- what transformers expects of a composite model ------------------------------------------------------------
 
@@ -389,6 +372,9 @@ def _backbone_inputs(
         raise ValueError("Give the texts as input_ids (batch, length) or as inputs_embeds, one of the two.")
     if shaped.dim() != 2:
         raise ValueError(f"Token inputs must have shape (batch, length), got {tuple(shaped.shape)}.")
+    turn_ids = inputs.get("turn_ids")
+    if turn_ids is not None and turn_ids.shape != shaped.shape:
+        raise ValueError(f"turn_ids must have the tokens' shape {tuple(shaped.shape)}, got {tuple(turn_ids.shape)}.")
     if attention_mask is None:
         attention_mask = torch.ones(shaped.shape, dtype=torch.long, device=shaped.device)
     given = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}

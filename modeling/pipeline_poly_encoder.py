@@ -8,7 +8,7 @@
 This file travels to the Hub beside the weights, so it imports the standard library, torch and transformers only.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -16,23 +16,25 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import Pipeline, PreTrainedModel
 
+from .configuration_poly_encoder import token_limit
 from .scoring_poly_encoder import best_first, poly_score, refuse_nonfinite
 from .text_poly_encoder import (
     NoTokensError,
-    by_length,
     candidate_texts,
     checked_count,
-    context_and_candidates,
     context_text,
+    described,
     make_ready,
-    token_limit,
     tokenized,
 )
 
 BATCH_SIZE = 32  # texts that go through a backbone together, as many as PolyEncoder.rank takes
 
+# The two sides of an input: ours, the Hub's for the task sentence-similarity, and those of rerankers.
+_NAMES = (("context", "candidates"), ("source_sentence", "sentences"), ("query", "texts"))
+_INPUTS = " or ".join(f'{{"{context}": ..., "{candidates}": [...]}}' for context, candidates in _NAMES)
 _OPTIONS = ("top_k", "context_prompt", "candidate_prompt")
-_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+_FEATURES = ("input_ids", "attention_mask", "token_type_ids", "turn_ids")
 
 
 class PolyEncoderPipeline(Pipeline):
@@ -197,13 +199,45 @@ class PolyEncoderPipeline(Pipeline):
         with self.device_placement(), torch.no_grad():
             for places in by_length(texts, batch_size):
                 rows = [texts[place] for place in places]
-                encoding = tokenized(self.tokenizer, rows, limit, "left" if is_context else "right", prompt)
-                features = {name: encoding[name].to(self.device) for name in _INPUTS if name in encoding}
+                side_cut: Literal["left", "right"] = "left" if is_context else "right"
+                turns = is_context and model.config.has_turns
+                encoding = tokenized(self.tokenizer, rows, limit, side_cut, prompt, turns=turns)
+                features = {name: encoding[name].to(self.device) for name in _FEATURES if name in encoding}
                 for place, vector in zip(places, encode(**features), strict=True):
                     vectors[place] = vector
         stacked = torch.stack(vectors)
         refuse_nonfinite(stacked)
         return stacked
+
+
+def context_and_candidates(inputs: Any) -> tuple[Any, Any]:
+    """The context and the candidates of one input, under whichever names they come.
+
+    Args:
+        inputs: `{"context": ..., "candidates": [...]}`, or the names of the Hub's sentence-similarity task,
+            `{"source_sentence": ..., "sentences": [...]}`, or those of rerankers, `{"query": ..., "texts": [...]}`.
+
+    Raises:
+        TypeError: it is no mapping.
+        ValueError: a side is missing, or there are other names in it.
+
+    Example:
+        >>> context_and_candidates({"query": "hello", "texts": ["hi", "bye"]})
+        ('hello', ['hi', 'bye'])
+    """
+    if not isinstance(inputs, Mapping):
+        raise TypeError(f"An input is {_INPUTS}, but this one is {described(inputs)}.")
+    for names in _NAMES:
+        if inputs.keys() == set(names):
+            return inputs[names[0]], inputs[names[1]]
+    raise ValueError(f"An input is {_INPUTS}, but this one has the keys {sorted(map(str, inputs))!s:.200}.")
+
+
+def by_length(texts: Sequence[str], batch_size: int) -> Iterator[list[int]]:
+    """Positions of texts in batches of texts of like length, the longest first, so that little padding is computed."""
+    order = sorted(range(len(texts)), key=lambda place: -len(texts[place]))
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
 
 
 __all__ = ["PolyEncoderPipeline"]

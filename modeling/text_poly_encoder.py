@@ -20,11 +20,14 @@ This file travels to the Hub beside the weights, so it imports the standard libr
 """
 
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any, Literal, NamedTuple, TypeAlias
 
+import torch
 from torch import nn
-from transformers import BatchEncoding, PreTrainedModel
+from transformers import BatchEncoding
 
 Message: TypeAlias = Mapping[str, Any]
 Context: TypeAlias = str | Sequence[str] | Sequence[Message]
@@ -32,11 +35,7 @@ Side: TypeAlias = Literal["left", "right"]
 
 TURN_SEPARATOR = "\n"
 
-# The two sides of an input: ours, the Hub's for the task sentence-similarity, and those of rerankers.
-_NAMES = (("context", "candidates"), ("source_sentence", "sentences"), ("query", "texts"))
-_INPUTS = " or ".join(f'{{"{context}": ..., "{candidates}": [...]}}' for context, candidates in _NAMES)
 _FORMS = "a string, a list of turns (strings), or a list of chat messages ({'role': ..., 'content': ...})"
-_NO_LIMIT = 10**9  # transformers gives more than this to a tokenizer that knows no limit
 
 
 class NoTokensError(ValueError):
@@ -44,9 +43,9 @@ class NoTokensError(ValueError):
 
 
 class CheckedText(str):
-    """A text that was found readable, and need not be looked at again."""
+    """A text that was found readable, and need not be looked at again; a context knows where its turns are."""
 
-    __slots__ = ()
+    turns: tuple[tuple[int, int], ...] | None = None  # where each begins and ends
 
 
 # --- texts -----------------------------------------------------------------------------------------------------------
@@ -56,9 +55,11 @@ def context_text(context: Any, separator: str = TURN_SEPARATOR, max_turns: int |
     """One context as one text.
 
     Args:
-        context: A string, a sequence of turns, or a sequence of chat messages, oldest first.
+        context: A string, a sequence of turns, or a sequence of chat messages, oldest first. A string is taken for
+            turns that were joined already, so its turns lie between separators; a separator inside a turn of a list is
+            text of that turn.
         separator: Put between turns.
-        max_turns: How many of the last turns to keep; all when left out. A string is one turn.
+        max_turns: How many of the last turns to keep; all when left out. A string is kept whole.
 
     Raises:
         TypeError: `context`, or an item of it, is none of these.
@@ -71,16 +72,24 @@ def context_text(context: Any, separator: str = TURN_SEPARATOR, max_turns: int |
         'hello'
     """
     if isinstance(context, str):
-        return checked_text(context, "The context")
+        text = checked_text(context, "The context")
+        if text.turns is None:
+            text = CheckedText(text)  # what is given stays as it is
+            mark = separator.strip() or separator  # spaces around it are no part of a turn either way
+            text.turns = _spans(text.split(mark) if mark else [text], len(mark))
+        return text
     if isinstance(context, Mapping):
         context = [context]
     is_array = hasattr(context, "__array__") and getattr(context, "ndim", 0) > 0
     if isinstance(context, (bytes, bytearray)) or not (isinstance(context, Sequence) or is_array):
-        raise TypeError(f"A context is {_FORMS}, but this one is {_described(context)}.")
+        raise TypeError(f"A context is {_FORMS}, but this one is {described(context)}.")
     texts = [_turn_text(turn, place) for place, turn in enumerate(context) if not _is_without_content(turn)]
     if not texts:
         raise ValueError("The context is a conversation without a single turn. Pass at least one turn, or a string.")
-    return CheckedText(separator.join(texts if max_turns is None else texts[-max_turns:]))
+    texts = texts if max_turns is None else texts[-max_turns:]
+    text = CheckedText(separator.join(texts))
+    text.turns = _spans(texts, len(separator))
+    return text
 
 
 def context_texts(
@@ -110,7 +119,7 @@ def checked_text(text: Any, what: str = "The text") -> CheckedText:
     if isinstance(text, CheckedText):
         return text
     if not isinstance(text, str):
-        raise TypeError(f"{what} must be a string, but it is {_described(text)}.")
+        raise TypeError(f"{what} must be a string, but it is {described(text)}.")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -119,36 +128,6 @@ def checked_text(text: Any, what: str = "The text") -> CheckedText:
             "Repair it with text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')."
         ) from None
     return CheckedText(text)
-
-
-def is_single_context(inputs: Any) -> bool:
-    """Whether `inputs` to a batch method is one context: a string, a chat message, or a list of chat messages."""
-    if isinstance(inputs, (str, Mapping)):
-        return True
-    return isinstance(inputs, Sequence) and len(inputs) > 0 and isinstance(inputs[0], Mapping)
-
-
-def context_and_candidates(inputs: Any) -> tuple[Any, Any]:
-    """The context and the candidates of one input, under whichever names they come.
-
-    Args:
-        inputs: `{"context": ..., "candidates": [...]}`, or the names of the Hub's sentence-similarity task,
-            `{"source_sentence": ..., "sentences": [...]}`, or those of rerankers, `{"query": ..., "texts": [...]}`.
-
-    Raises:
-        TypeError: it is no mapping.
-        ValueError: a side is missing, or there are other names in it.
-
-    Example:
-        >>> context_and_candidates({"query": "hello", "texts": ["hi", "bye"]})
-        ('hello', ['hi', 'bye'])
-    """
-    if not isinstance(inputs, Mapping):
-        raise TypeError(f"An input is {_INPUTS}, but this one is {_described(inputs)}.")
-    for names in _NAMES:
-        if inputs.keys() == set(names):
-            return inputs[names[0]], inputs[names[1]]
-    raise ValueError(f"An input is {_INPUTS}, but this one has the keys {sorted(map(str, inputs))!s:.200}.")
 
 
 def checked_count(value: Any, name: str, least: int = 1) -> int | None:
@@ -166,10 +145,16 @@ def checked_count(value: Any, name: str, least: int = 1) -> int | None:
     return number
 
 
+def _spans(parts: Sequence[str], between: int) -> tuple[tuple[int, int], ...]:
+    """Where each of the parts begins and ends in all of them, with so many characters between two."""
+    ends = accumulate(map(len, parts), lambda end, length: end + between + length)
+    return tuple((end - len(part), end) for part, end in zip(parts, ends, strict=True))
+
+
 def _batch(inputs: Any) -> Iterable[Any]:
     unordered = isinstance(inputs, (str, bytes, Mapping, set, frozenset))
     if inputs is None or unordered or not isinstance(inputs, Iterable) or getattr(inputs, "ndim", 1) == 0:
-        raise TypeError(f"Expected a list of texts, but got {_described(inputs)}. Put a single one into a list.")
+        raise TypeError(f"Expected a list of texts, but got {described(inputs)}. Put a single one into a list.")
     return inputs
 
 
@@ -186,7 +171,7 @@ def _turn_text(turn: Any, place: int) -> str:
     if isinstance(turn, str):
         return checked_text(turn, f"Turn {place}")
     if not isinstance(turn, Mapping):
-        raise TypeError(f"Turn {place} of the context is {_described(turn)}; a context is {_FORMS}.")
+        raise TypeError(f"Turn {place} of the context is {described(turn)}; a context is {_FORMS}.")
     if "content" not in turn:
         keys = sorted(map(str, turn))
         raise ValueError(f"Message {place} of the context has no 'content', only the keys {keys!s:.200}.")
@@ -206,7 +191,8 @@ def _at(place: int, function: Any, *arguments: Any) -> CheckedText:
         raise type(error)(f"Item {place} of the list: {error}") from None
 
 
-def _described(value: Any) -> str:
+def described(value: Any) -> str:
+    """A value and its type in a few words, for errors."""
     shown = repr(value)
     return f"{type(value).__name__}: {shown if len(shown) <= 60 else shown[:57] + '...'}"
 
@@ -242,6 +228,7 @@ class Tokens(NamedTuple):
     ids: list[int]
     segments: list[int]
     special: list[bool]  # whether the tokenizer added it
+    turns: list[int] | None  # 1, 2, ... where it is in a turn, else 0; unknown to a slow tokenizer
 
 
 _PLAIN = Cutting()
@@ -252,7 +239,9 @@ def cutting_of(tokenizer: Any) -> Cutting:
     return getattr(tokenizer, "cutting", _PLAIN)
 
 
-def tokenized(tokenizer: Any, texts: Sequence[str], limit: int, side: Side, prompt: str | None = None) -> BatchEncoding:
+def tokenized(
+    tokenizer: Any, texts: Sequence[str], limit: int, side: Side, prompt: str | None = None, turns: bool = False
+) -> BatchEncoding:
     """Token ids and masks, `(n, longest)` int64 each, of texts that are cut on this side; padding is on the right.
 
     Args:
@@ -261,6 +250,8 @@ def tokenized(tokenizer: Any, texts: Sequence[str], limit: int, side: Side, prom
         limit: Tokens kept of a text and its prompt, special tokens included.
         side: Where the rest is cut off. On the left the prompt stays, and the oldest of the text behind it goes.
         prompt: Put before each text.
+        turns: Add `turn_ids`, the turn of each token, 0 for padding, special tokens and the prompt; a slow tokenizer,
+            which cannot tell, adds none.
 
     Raises:
         NoTokensError: one of the texts has no token.
@@ -273,7 +264,11 @@ def tokenized(tokenizer: Any, texts: Sequence[str], limit: int, side: Side, prom
     features = {"input_ids": [row.ids for row in rows]}
     if "token_type_ids" in tokenizer.model_input_names:
         features["token_type_ids"] = [row.segments for row in rows]
-    return padded(tokenizer, features)
+    batch = padded(tokenizer, features)
+    known = [torch.tensor(row.turns) for row in rows if row.turns is not None]
+    if turns and known:
+        batch["turn_ids"] = nn.utils.rnn.pad_sequence(known, batch_first=True)
+    return batch
 
 
 def text_tokens(
@@ -286,19 +281,23 @@ def text_tokens(
     if len(openings[0]) >= room:
         what = f"The prompt {prompt!r} alone fills" if prompt else "Special tokens alone fill"
         raise ValueError(f"{what} the {limit} tokens kept of a text. Keep more tokens, or shorten the prompt.")
-    encoded = plain_tokens(tokenizer, [prompt + text for text in texts] if prompt else list(texts))["input_ids"]
+    encoded = plain_tokens(tokenizer, [prompt + text for text in texts] if prompt else list(texts))
     rows = []
-    for ids in encoded:
+    for place, ids in enumerate(encoded["input_ids"]):
         head, tail = len(ids), len(ids)
         if len(ids) > room:
             # The space that ends a prompt may be a token, or the beginning of the text's first one, which is to go.
             pairs = enumerate(zip(openings[0], ids, strict=False))
-            shared = next((place for place, (own, found) in pairs if own != found), len(openings[0]))
+            shared = next((number for number, (own, found) in pairs if own != found), len(openings[0]))
             opening = max(len(openings[-1]), shared)
             head, tail = (room, len(ids)) if side == "right" else (opening, len(ids) - room + opening)
         kept = ids[:head] + ids[tail:]
         after = cutting.closing(frame.after, len(kept), room, side)
         first, own, last = frame.segments
+        turns = None
+        if encoded.encodings:
+            turns = token_turns(texts[place], encoded.encodings[place].offsets, len(prompt or ""))
+            turns = [*[0] * len(frame.before), *turns[:head], *turns[tail:], *[0] * len(after)]
         rows.append(
             Tokens(
                 head,
@@ -306,9 +305,39 @@ def text_tokens(
                 [*frame.before, *kept, *after],
                 [*first, *[own] * len(kept), *last[: len(after)]],
                 [True] * len(frame.before) + [False] * len(kept) + [True] * len(after),
+                turns,
             )
         )
     return rows
+
+
+def token_turns(text: str, offsets: list[tuple[int, int]], before: int = 0) -> list[int]:
+    """The turn of each token, 1, 2, ..., 0 for one in none: that which its last character is in, or its first.
+
+    Args:
+        text: A context. One that is no `CheckedText` is one turn.
+        offsets: Where each token begins and ends.
+        before: Characters of the prompt, which count in the offsets.
+    """
+    spans = getattr(text, "turns", None) or ((0, len(text)),)
+    ends, found = [end for _, end in offsets], [0] * len(offsets)
+    for number, (start, end) in enumerate(spans, start=1):
+        first, stop = bisect_right(ends, before + start), bisect_right(ends, before + end)
+        if stop < len(offsets) and before + start <= offsets[stop][0] < before + end:  # it ends in the separator
+            stop += 1
+        found[first:stop] = [number] * (stop - first)
+    return found
+
+
+def boundary_ids(tokenizer: Any, separator: str) -> list[int] | None:
+    """Ids between which turns lie, of special tokens and the separator; `None` where that is not one token."""
+    frame, texts = read_frame(tokenizer), [f"a{separator}a", separator, separator.strip() or separator]
+    between, ids, stripped = plain_tokens(tokenizer, texts)["input_ids"]
+    if len(ids) != 1 and not set(stripped) - set(tokenizer.all_special_ids):
+        ids = stripped  # some write the spaces around a separator token as tokens, which are few beside a turn's
+    if len(ids) != 1 or ids[0] == tokenizer.unk_token_id or ids[0] not in between:
+        return None
+    return sorted({*frame.before, *frame.after, *ids})
 
 
 def plain_tokens(tokenizer: Any, texts: list[str]) -> BatchEncoding:
@@ -358,40 +387,3 @@ def make_ready(tokenizer: Any) -> None:
     if tokenizer.is_fast:
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
-
-
-def position_limit(encoder: PreTrainedModel) -> int | None:
-    """The longest input the backbone has positions for, special tokens included; `None` where there is no limit.
-
-    RoBERTa and its kin count positions from `padding_idx + 1`, so 514 rows of embeddings hold 512 positions.
-    """
-    for name, module in encoder.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
-            offset = 0 if module.padding_idx is None else module.padding_idx + 1
-            return module.num_embeddings - offset
-    limit = getattr(encoder.config.get_text_config(), "max_position_embeddings", None)
-    return limit if limit is not None and limit > 0 else None
-
-
-def token_limit(tokenizer: Any, encoder: PreTrainedModel, wanted: int | None = None) -> int:
-    """Tokens to keep of a text: the smallest of the wishes and limits, special tokens included.
-
-    Raises:
-        ValueError: what is left does not even hold the special tokens.
-    """
-    limits = [wanted, tokenizer.model_max_length, position_limit(encoder), _NO_LIMIT]
-    limit = min(limit for limit in limits if limit is not None)
-    special = tokenizer.num_special_tokens_to_add()
-    if limit <= special:
-        raise ValueError(
-            f"At most {limit} tokens are kept of a text, but the tokenizer adds {special} special tokens, which leaves "
-            "no room for the text. Raise max_context_length or max_candidate_length."
-        )
-    return int(limit)
-
-
-def by_length(texts: Sequence[str], batch_size: int) -> Iterator[list[int]]:
-    """Positions of texts in batches of texts of like length, the longest first, so that little padding is computed."""
-    order = sorted(range(len(texts)), key=lambda place: -len(texts[place]))
-    for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]

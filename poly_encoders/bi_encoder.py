@@ -22,13 +22,13 @@ from transformers import PreTrainedTokenizerBase
 from poly_encoders import first_m_pooling
 from poly_encoders.cards import BiEncoderModelCardData
 from poly_encoders.first_m_pooling import FirstMMeanPooling
+from poly_encoders.modeling.configuration_poly_encoder import token_limit
 from poly_encoders.modeling.text_poly_encoder import (
     TURN_SEPARATOR,
     checked_count,
     make_ready,
     plain_tokens,
     read_frame,
-    token_limit,
     tokenized,
 )
 from poly_encoders.ranker import (
@@ -52,13 +52,13 @@ _BESIDE_THE_WEIGHTS = f"first_m_pooling.{FirstMMeanPooling.__name__}"
 
 
 class BiEncoder(TwoSidedEncoder):
-    """A Bi-encoder: one vector for a context, one for a candidate, their dot product as the score.
+    """A Bi-encoder: one vector for a context, one for a candidate, their dot product or cosine as the score.
 
     Args:
         model_name_or_path: A saved Bi-encoder; or what to build a new one on, to be trained: any SentenceTransformer or
-            any encoder. A local folder or a Hub id. A SentenceTransformer keeps its pooling; its `Normalize` module and
-            its cosine go, because scores are dot products, and a warning says so. To use such a model as it is,
-            `poly_encoders.loading.load_model(path)`.
+            any encoder. A local folder or a Hub id. A SentenceTransformer keeps its pooling and its similarity, mostly
+            the cosine; `similarity_fn_name="dot"` gives the paper's dot product, without a `Normalize` module. To use
+            such a model as it is, its way of cutting texts too, `poly_encoders.loading.load_model(path)`.
         reduction: `"first"` output, `"mean"` of all (for a new model), or `"first_m_mean"`.
         num_codes: For `"first_m_mean"`, how many outputs to average, m; 64 when left out.
         share_encoders: One encoder for both sides instead of two that start equal and are trained apart, as in the
@@ -110,15 +110,17 @@ class BiEncoder(TwoSidedEncoder):
         self._text = TextOptions(max_context_length, max_candidate_length, turn_separator, max_turns)
         self._saved: dict[str, Any] | None = None
         self._unchanged = kwargs.pop("_unchanged", False)  # load_model's: another's model stays what it is
+        self._plain_dots = kwargs.get("similarity_fn_name") in ("dot", "dot_product")
         path = local_path(model_name_or_path)
+        self._is_plain_encoder = path is None
         with clear_load_errors(path):
             super().__init__(path, **kwargs)
         if self._text.turn_separator is None:
             self._text.turn_separator = default_separator(self.tokenizer)
         if self._unchanged:
             return
-        if kwargs.get("similarity_fn_name") is None and self._saved is None:  # a saved Bi-encoder keeps its own
-            self.similarity_fn_name = "dot"
+        if self._is_plain_encoder and kwargs.get("similarity_fn_name") is None:
+            self.similarity_fn_name = "dot"  # the paper's; a SentenceTransformer's checkpoint keeps its own
         self._set_up_encoders()
 
     @property
@@ -134,6 +136,12 @@ class BiEncoder(TwoSidedEncoder):
     def share_encoders(self) -> bool:
         """Whether one encoder reads both sides."""
         return not isinstance(self[0], Router)
+
+    @property
+    def scores_are_cosines(self) -> bool:
+        """Whether scores lie between -1 and 1, so that a loss scales them."""
+        has_normalize = any(isinstance(module, Normalize) for module in self.modules())
+        return self.similarity_fn_name == "cosine" or (self.similarity_fn_name == "dot" and has_normalize)
 
     def length_limits(self) -> tuple[int, int]:
         """Tokens kept of a context and of a candidate, special tokens included."""
@@ -211,6 +219,7 @@ class BiEncoder(TwoSidedEncoder):
 
     def _load_default_modules(self, model_name_or_path: str, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
         refuse_poly_encoder(model_name_or_path, kwargs)
+        self._is_plain_encoder = True
         modules, module_kwargs = super()._load_default_modules(model_name_or_path, **kwargs)
         return self._arranged(list(modules)), module_kwargs
 
@@ -220,11 +229,6 @@ class BiEncoder(TwoSidedEncoder):
         if self._unchanged:
             return modules, module_kwargs
         if self._saved is None:  # a SentenceTransformer that is not ours
-            logger.warning(
-                "This is a new Bi-encoder on %s, to be trained: it scores by plain dot products, without a Normalize "
-                "module or another similarity. poly_encoders.loading.load_model loads the model as it is.",
-                model_name_or_path,
-            )
             return self._arranged(loaded), {}
         self._refuse_changes(model_name_or_path, shared=not isinstance(loaded[0], Router))
         return modules, module_kwargs
@@ -256,7 +260,8 @@ class BiEncoder(TwoSidedEncoder):
         encoder: Any = modules[0]
         if not isinstance(encoder, Transformer) or encoder.tokenizer is None:
             raise ValueError(f"A Bi-encoder is built on a text encoder, not on a {type(encoder).__name__}.")
-        modules = [module for module in modules if not isinstance(module, Normalize)]
+        if self._plain_dots:
+            modules = [module for module in modules if not isinstance(module, Normalize)]
         if self._wishes["reduction"] is None:
             return modules
         rest = [module for module in modules[1:] if not isinstance(module, (Pooling, FirstMMeanPooling))]

@@ -11,11 +11,13 @@ from transformers import AutoConfig, AutoTokenizer
 
 from poly_encoders.first_m_pooling import FirstMMeanPooling
 from poly_encoders.modeling import PolyEncoderConfig, PolyEncoderModel
-from poly_encoders.poly_encoder_module import PolyEncoderModule, apply_options, load_checked
+from poly_encoders.poly_encoder_module import PolyEncoderModule, load_saved
 from poly_encoders.ranker import default_separator
 
 logger = logging.getLogger(__name__)
 
+# Of 5 values from 0.1 to 0.0125 about the best for checkpoints as they are, on three sets of dialogues.
+COSINE_TEMPERATURE = 0.025
 # sentence-transformers' name of a pooling -> ours. The others have no counterpart in the paper.
 _REDUCTIONS = {"mean": "mean", "cls": "first"}
 
@@ -26,9 +28,8 @@ def module_from_encoder(path: str, hub: dict[str, Any], options: "BuildOptions")
     config = AutoConfig.from_pretrained(path, **config_hub)
     tokenizer = AutoTokenizer.from_pretrained(path, **config_hub, **options.processor)
     if isinstance(config, PolyEncoderConfig):
-        apply_options(config, options.config, path)
-        return PolyEncoderModule(load_checked(path, config=config, **hub, **options.model), tokenizer)
-    config_options = {"turn_separator": default_separator(tokenizer), **options.config}
+        return PolyEncoderModule(load_saved(path, config, options.config, **hub, **options.model), tokenizer)
+    config_options = {"turn_separator": default_separator(tokenizer), **with_defaults(options.config)}
     model = PolyEncoderModel.from_encoders_pretrained(path, **config_hub, **options.model, **config_options)
     return PolyEncoderModule(model, tokenizer)
 
@@ -40,7 +41,15 @@ def module_from_sentence_transformer(path: str, hub: dict[str, Any], options: "B
         ValueError: the checkpoint's pooling or modules have no counterpart in a Poly-encoder.
     """
     sides = _read_sides(path, hub)
-    config_options = {"reduction": _reduction(path, sides["document"], hub, options.config), **options.config}
+    settings = settings_of(path, hub)
+    has_normalize = any(name == "Normalize" for name, _ in sides["document"])
+    is_cosine = has_normalize or settings.get("similarity_fn_name") in (None, "cosine")
+    config_options = with_defaults(options.config, is_cosine)
+    if has_normalize and not config_options.get("normalize"):
+        logger.warning(
+            "%s normalises its vectors; this Poly-encoder takes plain dot products, so that is dropped.", path
+        )
+    config_options.setdefault("reduction", _reduction(path, sides["document"], hub, config_options))
     folders = {side: _single(names, "Transformer", path) for side, names in sides.items()}
     separate = folders["query"] != folders["document"]
     if separate:
@@ -48,12 +57,13 @@ def module_from_sentence_transformer(path: str, hub: dict[str, Any], options: "B
             raise ValueError(
                 f"{path} has an encoder for each side, which share_encoders=True would drop. Leave it out."
             )
+        config_options["share_encoders"] = False
         local = {side: _local_folder(path, folder, hub) for side, folder in folders.items()}
         places: dict[str, Any] = {}
     else:
         local = dict.fromkeys(folders, path)
         places = {**hub, "subfolder": folders["query"]} if folders["query"] else hub
-    ours = _read_json(path, "config_sentence_transformers.json", hub, default={}).get("poly_encoders", {})
+    ours = settings.get("poly_encoders", {})
     for name in ("turn_separator", "max_turns"):
         if name in ours:
             config_options.setdefault(name, ours[name])
@@ -72,6 +82,29 @@ def module_from_sentence_transformer(path: str, hub: dict[str, Any], options: "B
         local["query"], local["document"] if separate else None, **places, **options.model, **config_options
     )
     return PolyEncoderModule(model, tokenizers["query"])
+
+
+def settings_of(path: str, hub: dict[str, Any]) -> dict[str, Any]:
+    """What a SentenceTransformer's checkpoint says of its similarity and prompts; empty where it says nothing."""
+    return _read_json(path, "config_sentence_transformers.json", hub, default={})
+
+
+def with_defaults(options: dict[str, Any], is_cosine: bool = True) -> dict[str, Any]:
+    """A new model's options, with ours where nothing was said: one vector a turn, cosines, one encoder.
+
+    The paper's kinds of context vectors have the paper's other choices, which are `PolyEncoderConfig`'s.
+
+    Args:
+        options: Those that were given.
+        is_cosine: Whether the checkpoint's vectors are compared by their cosine.
+    """
+    ours: dict[str, Any] = {}
+    if options.get("context_vectors", "turns") in ("turns", "turns_and_codes"):
+        ours = {"context_vectors": "turns", "num_codes": 32, "last_turn_share": 0.5}
+        ours |= {"share_encoders": True, "normalize": is_cosine}
+    if options.get("normalize", ours.get("normalize")):
+        ours["final_temperature"] = COSINE_TEMPERATURE
+    return {**ours, **options}
 
 
 class BuildOptions(NamedTuple):
@@ -107,11 +140,7 @@ def _read_sides(path: str, hub: dict[str, Any]) -> dict[str, list[tuple[str, str
 def _reduction(path: str, modules: list[tuple[str, str]], hub: dict[str, Any], wishes: dict[str, Any]) -> str:
     """The reduction that the checkpoint's pooling is."""
     for name, _ in modules:
-        if name == "Normalize":
-            logger.warning(
-                "%s normalises its vectors; a Poly-encoder takes plain dot products, so that is dropped.", path
-            )
-        elif name not in ("Transformer", "Pooling", "FirstMMeanPooling"):
+        if name not in ("Transformer", "Pooling", "FirstMMeanPooling", "Normalize"):
             raise ValueError(
                 f"{path} has a {name} module, which a Poly-encoder cannot carry over. Build on its encoder alone: "
                 "PolyEncoderModel.from_encoders_pretrained(path)."

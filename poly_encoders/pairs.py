@@ -5,7 +5,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from poly_encoders.modeling.text_poly_encoder import cutting_of, plain_tokens, token_limit
+from poly_encoders.modeling.configuration_poly_encoder import token_limit
+from poly_encoders.modeling.text_poly_encoder import cutting_of, plain_tokens
 
 
 def pair_room(tokenizer: Any, encoder: PreTrainedModel) -> int:

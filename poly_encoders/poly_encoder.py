@@ -8,7 +8,12 @@ import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 
-from poly_encoders.building import BuildOptions, module_from_encoder, module_from_sentence_transformer
+from poly_encoders.building import (
+    BuildOptions,
+    module_from_encoder,
+    module_from_sentence_transformer,
+    settings_of,
+)
 from poly_encoders.cards import PolyEncoderModelCardData
 from poly_encoders.explaining import Explanation, explain
 from poly_encoders.modeling import PolyEncoderConfig
@@ -18,6 +23,9 @@ from poly_encoders.ranker import Task, TextOptions, clear_load_errors, local_pat
 from poly_encoders.scoring import score
 from poly_encoders.two_sided import TwoSidedEncoder
 
+ContextVectors = Literal["learnt_codes", "first_m", "last_m", "first_and_last_m", "turns", "turns_and_codes"]
+PROMPT_SETTINGS = frozenset({"prompts", "default_prompt_name"})  # of a checkpoint that is built on
+UNIT_TOLERANCE = 0.01  # of a length of 1, in any precision that vectors are stored in
 Vectors = Tensor | np.ndarray | list[Tensor] | list[np.ndarray]
 
 
@@ -27,11 +35,18 @@ class PolyEncoder(TwoSidedEncoder):
     Args:
         model_name_or_path: A saved Poly-encoder, a SentenceTransformer (whose weights and pooling it starts from), or
             any encoder; a local folder or a Hub id.
-        num_codes: m, the number of context vectors. 64 for a new model.
-        context_vectors: `"learnt_codes"` (for a new model), `"first_m"`, `"last_m"` or `"first_and_last_m"`.
+        context_vectors: How a context becomes m vectors. A new model has `"turns"`, one vector for each of the last m
+            turns, which needs no training: candidates' vectors are those of the checkpoint. `"learnt_codes"`, with the
+            raw dot products and two encoders that then are the defaults, is the paper's Poly-encoder, to be trained;
+            `"first_m"`, `"last_m"` and `"first_and_last_m"` are the paper's too. `"turns_and_codes"` has m of either.
+        num_codes: m, the number of context vectors. For a new model 32 with turns, else 64.
+        normalize: Vectors of length 1 from both sides, so that scores are cosines: for a new model with turns, unless
+            its checkpoint scores by dot products.
+        final_temperature: Of the attention over the context vectors. 0.025 for a new model with cosines, else 1.
+        last_turn_share: How much of the last turn is in each turn's vector. 0.5 for a new model.
         reduction: How a candidate becomes one vector: `"mean"`, `"first"` or `"first_m_mean"`; a new model follows the
             checkpoint's pooling.
-        share_encoders: One encoder for both sides instead of two that start equal.
+        share_encoders: One encoder for both sides, as a new model with turns has; or two that start equal.
         max_context_length, max_candidate_length: Tokens kept: the last of a context, the first of a candidate.
         turn_separator: Text between the turns of a conversation. For a new model a newline or, where the tokenizer
             drops newlines, its separator token.
@@ -61,8 +76,11 @@ class PolyEncoder(TwoSidedEncoder):
         model_name_or_path: str | os.PathLike[str] | None = None,
         *,
         num_codes: int | None = None,
-        context_vectors: Literal["learnt_codes", "first_m", "last_m", "first_and_last_m"] | None = None,
+        context_vectors: ContextVectors | None = None,
         reduction: Literal["first", "mean", "first_m_mean"] | None = None,
+        normalize: bool | None = None,
+        final_temperature: float | None = None,
+        last_turn_share: float | None = None,
         share_encoders: bool | None = None,
         max_context_length: int | None = None,
         max_candidate_length: int | None = None,
@@ -76,6 +94,9 @@ class PolyEncoder(TwoSidedEncoder):
             "num_codes": checked_count(num_codes, "num_codes"),
             "context_vectors": context_vectors,
             "reduction": reduction,
+            "normalize": normalize,
+            "final_temperature": final_temperature,
+            "last_turn_share": last_turn_share,
             "share_encoders": share_encoders,
         }
         given |= {name: value for name, value in architecture.items() if value is not None}
@@ -101,9 +122,11 @@ class PolyEncoder(TwoSidedEncoder):
                 f"{model_name_or_path} is a {model_type}, not a PolyEncoder, a SentenceTransformer or a plain encoder. "
                 f"Load it with {model_type}(path), or build a Poly-encoder on the encoder it was trained from."
             )
-        return self._build(module_from_sentence_transformer, model_name_or_path, **kwargs)
+        return self._build(module_from_sentence_transformer, model_name_or_path, keeps_prompts=True, **kwargs)
 
-    def _build(self, build: Any, path: str, **kwargs: Any) -> tuple[list[nn.Module], dict[str, Any]]:
+    def _build(
+        self, build: Any, path: str, keeps_prompts: bool = False, **kwargs: Any
+    ) -> tuple[list[nn.Module], dict[str, Any]]:
         hub = {
             "token": kwargs.get("token"),
             "cache_dir": kwargs.get("cache_folder"),
@@ -117,7 +140,10 @@ class PolyEncoder(TwoSidedEncoder):
             kwargs.get("config_kwargs") or {},
         )
         module = build(path, hub, options)
-        # Only a Poly-encoder that was loaded as a whole has a name; the codes of one that was built are new.
+        if keeps_prompts:  # the weights know texts with them, and so do the vectors of an index
+            saved = settings_of(path, hub)
+            self._parse_model_config({name: saved[name] for name in PROMPT_SETTINGS & saved.keys()})
+        # Only a Poly-encoder that was loaded as a whole has a name; one that was built is as its checkpoint comes.
         self.model_card_data.is_untrained = not module.model.name_or_path
         if not hub["local_files_only"]:
             self.model_card_data.set_base_model(path, revision=hub["revision"])
@@ -132,6 +158,11 @@ class PolyEncoder(TwoSidedEncoder):
     @property
     def max_turns(self) -> int | None:
         return self[0].config.max_turns
+
+    @property
+    def scores_are_cosines(self) -> bool:
+        """Whether scores lie between -1 and 1, so that a loss scales them."""
+        return self[0].config.normalize
 
     def length_limits(self) -> tuple[int, int]:
         """Tokens kept of a context and of a candidate, special tokens included."""
@@ -155,8 +186,11 @@ class PolyEncoder(TwoSidedEncoder):
             raise ValueError(f"A Poly-encoder scores by attention over its context vectors, not by {value!r}.")
 
     @property
-    def final_scale(self) -> float:
-        """Factor on the dots in the softmax of the score: give it to `poly_encoders.scoring.top_k` as `scale`."""
+    def final_scale(self) -> float | Tensor:
+        """Factor on the dots in the softmax of the score: give it to `poly_encoders.scoring.top_k` as `scale`.
+
+        A number; in training a tensor where the temperature is learnt.
+        """
         return self[0].model.final_scale
 
     def similarity(self, embeddings1: Vectors, embeddings2: Vectors) -> Tensor:
@@ -173,17 +207,18 @@ class PolyEncoder(TwoSidedEncoder):
         it `similarity_fct=model.similarity`.
 
         Raises:
-            ValueError: other shapes, as of two sets of candidates.
+            ValueError: other shapes, as of two sets of candidates; candidates that are not of length 1 where scores are
+                cosines.
             TypeError: quantised vectors.
         """
-        contexts, candidates = self._context_vectors(embeddings1), _floats(embeddings2)
+        contexts, candidates = self._context_vectors(embeddings1), self._candidate_vectors(embeddings2)
         if candidates.numel() == 0:
             return contexts.new_empty((len(contexts), 0))
         return score(contexts, candidates[None] if candidates.dim() == 1 else candidates, self.final_scale)
 
     def similarity_pairwise(self, embeddings1: Vectors, embeddings2: Vectors) -> Tensor:
         """Score the i-th candidate against the i-th context: `(n, m, dim)` and `(n, dim)` to `(n,)`."""
-        contexts, candidates = self._context_vectors(embeddings1), _floats(embeddings2)
+        contexts, candidates = self._context_vectors(embeddings1), self._candidate_vectors(embeddings2)
         if candidates.dim() == 1:
             candidates = candidates[None]
         if len(contexts) != len(candidates):
@@ -201,7 +236,7 @@ class PolyEncoder(TwoSidedEncoder):
         prompt: str | None = None,
         device: str | None = None,
     ) -> Explanation:
-        """Which tokens of the context each code looks at, and which codes decided for this candidate.
+        """Which tokens are in each context vector, of a turn or a code, and which vectors decided for this candidate.
 
         Args:
             context: A text, a list of turns, or a list of chat messages, oldest first, as for `rank`.
@@ -209,7 +244,8 @@ class PolyEncoder(TwoSidedEncoder):
             prompt_name, prompt, device: As for `rank`.
 
         Returns:
-            The tokens that were read, both attentions, the dot products and the score; see `Explanation`.
+            The tokens that were read, what each vector is, both attentions, the dot products and the score; see
+            `Explanation`.
 
         Raises:
             TypeError: several candidates, or a context or candidate that is no text.
@@ -218,6 +254,7 @@ class PolyEncoder(TwoSidedEncoder):
         Example:
             >>> why = model.explain(["Hi!", "Any plans for tonight?"], "A film, perhaps.")  # doctest: +SKIP
             >>> sorted(zip(why.token_weights, why.tokens), reverse=True)[:3]  # doctest: +SKIP
+            >>> sorted(zip(why.final_attention, why.vectors), reverse=True)[:3]  # doctest: +SKIP
         """
         return explain(self, context, candidate, self.prompt_of("query", prompt_name, prompt), device)
 
@@ -231,6 +268,23 @@ class PolyEncoder(TwoSidedEncoder):
                 f"or ({m}, dim) for one. Contexts come from encode_query, candidates from encode_document."
             )
         return contexts
+
+    def _candidate_vectors(self, vectors: Vectors) -> Tensor:
+        candidates = _floats(vectors)
+        if (
+            self.scores_are_cosines
+            and not candidates.requires_grad
+            and candidates.dim() in (1, 2)
+            and candidates.numel()
+        ):
+            lengths = torch.linalg.vector_norm(candidates, dim=-1, dtype=torch.float32)
+            if bool(((lengths - 1).abs() > UNIT_TOLERANCE).any()):
+                raise ValueError(
+                    "This model scores by cosines, but there are candidate vectors of lengths from "
+                    f"{float(lengths.min()):.4g} to {float(lengths.max()):.4g}. Scale each to length 1 first "
+                    "(torch.nn.functional.normalize(vectors, dim=-1)), or encode them with this model."
+                )
+        return candidates
 
 
 def _floats(vectors: Vectors) -> Tensor:

@@ -1,17 +1,27 @@
 """The sentence-transformers module around a `PolyEncoderModel`: text in, context or candidate vectors out."""
 
+import copy
 from typing import Any, Literal
 
 from sentence_transformers.base.modules import InputModule
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from poly_encoders.modeling import PolyEncoderConfig, PolyEncoderModel
-from poly_encoders.modeling.text_poly_encoder import candidate_texts, context_texts, make_ready, token_limit, tokenized
+from poly_encoders.modeling.configuration_poly_encoder import token_limit
+from poly_encoders.modeling.text_poly_encoder import (
+    boundary_ids,
+    candidate_texts,
+    context_texts,
+    make_ready,
+    tokenized,
+)
 from poly_encoders.ranker import Task
 from poly_encoders.two_sided import ASK_FOR_A_SIDE
 
 #: Options of a saved model that may be changed on loading; the others are what its weights were trained for.
-RUNTIME_OPTIONS = frozenset({"max_context_length", "max_candidate_length", "turn_separator", "max_turns"})
+RUNTIME_OPTIONS = frozenset(
+    {"max_context_length", "max_candidate_length", "turn_separator", "max_turns", "max_turn_length"}
+)
 
 
 class PolyEncoderModule(InputModule):
@@ -23,7 +33,7 @@ class PolyEncoderModule(InputModule):
 
     Raises:
         ValueError: the vocabularies of the two encoders differ, which one tokenizer cannot serve, or the tokenizer has
-            neither a padding nor an end token.
+            neither a padding nor an end token, or cannot tell turns apart where these have vectors.
     """
 
     forward_kwargs = {"task"}  # noqa: RUF012  (upstream's form)
@@ -41,6 +51,15 @@ class PolyEncoderModule(InputModule):
                 "both. Use PolyEncoderModel itself with two tokenizers, or two backbones of one family."
             )
         make_ready(tokenizer)
+        if model.config.has_turns:
+            model.config.turn_boundary_ids = boundary_ids(tokenizer, model.config.turn_separator)
+            if not tokenizer.is_fast and model.config.turn_boundary_ids is None:
+                raise ValueError(
+                    f"A {type(tokenizer).__name__} cannot tell where its tokens are in a text, and the turn separator "
+                    f"{model.config.turn_separator!r} is not one token of it, so turns cannot be told apart. Choose a "
+                    "turn_separator that is one token, a fast tokenizer, or other context_vectors than "
+                    f"{model.config.context_vectors!r}."
+                )
         self.model = model
         self.tokenizer = tokenizer
 
@@ -64,7 +83,8 @@ class PolyEncoderModule(InputModule):
         else:
             raise ValueError(ASK_FOR_A_SIDE)
         side: Literal["left", "right"] = "left" if task == "query" else "right"
-        return {**tokenized(self.tokenizer, texts, self.limit(task), side, prompt), "task": task}
+        turns = task == "query" and self.config.has_turns
+        return {**tokenized(self.tokenizer, texts, self.limit(task), side, prompt, turns=turns), "task": task}
 
     def limit(self, task: Task) -> int:
         """Tokens kept of a text on this side, special tokens included."""
@@ -78,16 +98,10 @@ class PolyEncoderModule(InputModule):
         task = task or features.get("task")
         if task not in ("query", "document"):
             raise ValueError(ASK_FOR_A_SIDE)
-        names = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
+        names = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds", "turn_ids")
         inputs = {name: features[name] for name in names if features.get(name) is not None}
-        side: Literal["context", "candidate"] = "context" if task == "query" else "candidate"
-        hidden = self.model.run_encoder(side, inputs).last_hidden_state
-        reduce = self.model.reduce_context if task == "query" else self.model.reduce_candidate
-        return {
-            **features,
-            "token_embeddings": hidden,
-            "sentence_embedding": reduce(hidden, inputs["attention_mask"]),
-        }
+        output, vectors = self.model.encode_side("context" if task == "query" else "candidate", inputs)
+        return {**features, "token_embeddings": output.last_hidden_state, "sentence_embedding": vectors}
 
     @property
     def max_seq_length(self) -> int:
@@ -146,10 +160,31 @@ class PolyEncoderModule(InputModule):
             "local_files_only": local_files_only,
         }
         config = PolyEncoderConfig.from_pretrained(model_name_or_path, **hub)
-        apply_options(config, config_kwargs or {}, model_name_or_path)
-        model = load_checked(model_name_or_path, config=config, **hub, **(model_kwargs or {}))
+        model = load_saved(model_name_or_path, config, config_kwargs or {}, **hub, **(model_kwargs or {}))
         tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, **hub, **(processor_kwargs or {}))
         return cls(model, tokenizer)
+
+
+def load_saved(path: str, config: PolyEncoderConfig, options: dict[str, Any], **kwargs: Any) -> PolyEncoderModel:
+    """A saved model with some options of `config` changed, which its weights must allow.
+
+    `share_encoders=False` makes two equal encoders of one, so that one side can be trained and the other stay.
+
+    Raises:
+        ValueError: options that the weights were not trained for.
+        OSError: weights that are missing or incomplete.
+    """
+    divide = config.share_encoders and options.get("share_encoders") is False
+    apply_options(config, {name: options[name] for name in options if not (divide and name == "share_encoders")}, path)
+    model = load_checked(path, config=config, **kwargs)
+    if not divide:
+        return model
+    config = copy.deepcopy(model.config)
+    config.share_encoders, config.candidate_encoder = False, copy.deepcopy(config.context_encoder)
+    divided = PolyEncoderModel(config, model.context_encoder, copy.deepcopy(model.context_encoder))
+    divided.load_state_dict(model.state_dict(), strict=False)  # codes and what else is in no encoder
+    divided.name_or_path = model.name_or_path
+    return divided.to(model.device, model.dtype).eval()
 
 
 def apply_options(config: PolyEncoderConfig, options: dict[str, Any], path: str) -> None:

@@ -1,5 +1,6 @@
 """What the Bi-encoder and the Poly-encoder share: contexts and candidates are encoded apart."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -7,7 +8,7 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor, from_numpy
 from torch.nn.functional import normalize
 
-from poly_encoders.modeling.text_poly_encoder import candidate_texts, is_single_context
+from poly_encoders.modeling.text_poly_encoder import candidate_texts
 from poly_encoders.ranker import Ranker, Task
 
 ASK_FOR_A_SIDE = (
@@ -105,6 +106,13 @@ class TwoSidedEncoder(Ranker, SentenceTransformer):
         contexts = self.encode_query([context], prompt=prompt, show_progress_bar=False, **options)
         vectors = self.encode_document(candidates, show_progress_bar=show, **options)
         return self.similarity(contexts, vectors)[0]
+
+
+def is_single_context(inputs: Any) -> bool:
+    """Whether `inputs` to a batch method is one context: a string, a chat message, or a list of chat messages."""
+    if isinstance(inputs, (str, Mapping)):
+        return True
+    return isinstance(inputs, Sequence) and len(inputs) > 0 and isinstance(inputs[0], Mapping)
 
 
 def _normalised(vectors: Any) -> Any:

@@ -57,14 +57,26 @@ def sentence_transformer_folder(checkpoints, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def _poly_encoder(checkpoints):
-    torch.manual_seed(0)
-    return PolyEncoder(checkpoints("bert"), num_codes=4, device="cpu", config_kwargs={"code_std": 1.0})
+    return PolyEncoder(checkpoints("bert"), num_codes=4, device="cpu")
 
 
 @pytest.fixture
 def poly_encoder(_poly_encoder):
-    """A tiny PolyEncoder of one's own: a test may train or break it."""
+    """A tiny PolyEncoder of one's own, with a vector for each turn: a test may train or break it."""
     return deepcopy(_poly_encoder)
+
+
+@pytest.fixture(scope="session")
+def _codes_encoder(checkpoints):
+    torch.manual_seed(0)
+    options = {"context_vectors": "learnt_codes", "num_codes": 4, "config_kwargs": {"code_std": 1.0}}
+    return PolyEncoder(checkpoints("bert"), device="cpu", **options)
+
+
+@pytest.fixture
+def codes_encoder(_codes_encoder):
+    """The same of the paper's form: learnt codes, dot products, two encoders."""
+    return deepcopy(_codes_encoder)
 
 
 @pytest.fixture(scope="session")
@@ -72,4 +84,12 @@ def saved_poly_encoder(_poly_encoder, tmp_path_factory):
     """The folder that the tiny PolyEncoder saves; read only."""
     path = tmp_path_factory.mktemp("saved") / "poly"
     _poly_encoder.save_pretrained(str(path))
+    return path
+
+
+@pytest.fixture(scope="session")
+def saved_codes_encoder(_codes_encoder, tmp_path_factory):
+    """The folder that the paper's form saves; read only."""
+    path = tmp_path_factory.mktemp("saved") / "codes"
+    _codes_encoder.save_pretrained(str(path))
     return path

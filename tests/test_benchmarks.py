@@ -1,7 +1,9 @@
 """The benchmarks run, at toy size: their figures are for people, but they must not rot."""
 
+import gzip
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,16 +26,73 @@ def test_scoring_writes_its_table_and_its_plot(tmp_path):
     assert (tmp_path / "scoring.png").read_bytes().startswith(b"\x89PNG")
 
 
+STARTS = {"bi-mean-dot", "bi-last-turn-dot", "poly-turns", "late-interaction"}  # what is not random
+ROWS = {*STARTS, "poly-codes-16", "poly-turns-codes", "cross", "poly-turns-frozen"}
+
+
+def run_quality(results: Path, *options: object) -> dict[str, Any]:
+    """What a run of the benchmark adds up to, by set, "untrained" or "trained", and row."""
+    forks.run([str(BENCHMARKS / "quality.py"), "--results", str(results), *map(str, options)])
+    assert (results / "quality.png").read_bytes().startswith(b"\x89PNG")
+    return json.loads((results / "quality.json").read_text())["sets"]
+
+
+def test_quality_trains_and_ranks_every_kind_of_row(tmp_path, sentence_transformer_folder):
+    turns = ["hi", "hello there", "any plans?", "no."]
+    examples = [{"context": turns[: 1 + row % 4], "response": f"number {row}"} for row in range(8)]
+    tests = [{"context": row["context"], "candidates": [row["response"], "x", "why?"], "label": 0} for row in examples]
+    sets = {"one": [{**row, "negative_1": "never"} for row in examples], "two": examples}
+    for name, rows in sets.items():
+        (tmp_path / name).mkdir()
+        for kind, lines in (("train", rows), ("test", tests)):
+            text = "\n".join(map(json.dumps, lines)).encode()
+            (tmp_path / name / f"{kind}.jsonl").write_bytes(text)
+            (tmp_path / name / f"{kind}.jsonl.gz").write_bytes(gzip.compress(text))
+    one = ["--train", tmp_path / "one" / "train.jsonl.gz", "--test", tmp_path / "one" / "test.jsonl.gz"]
+    two = ["--train", tmp_path / "two" / "train.jsonl", "--test", tmp_path / "two" / "test.jsonl"]
+    options = ["--rows", *ROWS, "--backbone", sentence_transformer_folder, "--layers", "0", "--batch", "4"]
+    options += ["--context_length", "24", "--limit", "5", "--pair_limit", "2", "--work", tmp_path / "work"]
+    results = tmp_path / "results"
+    found = run_quality(results, *one, *two, *options, "--steps", "0")
+    assert {name: kinds["untrained"].keys() for name, kinds in found.items()} == {"one": STARTS, "two": STARTS}
+    there = json.loads((results / "quality" / "one.poly-turns.untrained.json").read_text())
+    there |= {"row": "poly-codes-16", "seed": 0, "steps": 1, "seconds": 1.0, "examples": 4, "ranks": [1, 1, 2, 2, 2]}
+    there["settings"]["steps"] = 1
+    (results / "quality" / "one.poly-codes-16.0.json").write_text(json.dumps(there))  # is not run again
+    trained = run_quality(results, *one, *options, "--steps", "1")["one"]["trained"]
+    assert trained.keys() == ROWS
+    assert trained["poly-codes-16"]["recall@1"] == 40
+    for row, figures in trained.items():
+        assert figures["contexts"] == (2 if row in ("cross", "late-interaction") else 5)
+        assert figures["examples"] == (2 if row == "cross" else 4)
+        assert figures["step_seconds"] > 0
+    with pytest.raises(AssertionError, match="Name other --results"):
+        run_quality(results, *one, *options, "--steps", "2")
+
+
 def test_quality_makes_its_tables_from_runs(tmp_path):
-    """Paired: of 100 contexts the Poly-encoder is right where the Bi-encoder is, and in ten more."""
+    """Paired: of 100 contexts the Poly-encoder is right where the best Bi-encoder is, and in ten more."""
     (tmp_path / "quality").mkdir()
-    shared = {"examples": 64, "layers": [0], "steps": 2, "batch": 32, "context_length": 16, "machine": {}}
-    for name, right in (("bi-0", 40), ("poly-64-0", 50), ("bi-1", 40), ("poly-64-1", 50)):
-        found = {**shared, "run": name, "ranks": [1] * right + [3] * (100 - right)}
-        (tmp_path / "quality" / f"{name}.json").write_text(json.dumps(found))
-    forks.run([str(BENCHMARKS / "quality.py"), "--tables", "--results", str(tmp_path)])
-    (pair,) = json.loads((tmp_path / "quality.json").read_text())["pairs"]
-    assert (pair["lead"], pair["seeds"]) == (pytest.approx(10.0), 2)
-    low, high = pair["interval"]
+    shared = {"set": "a", "settings": {}, "machine": {}, "seconds": 6.0, "steps": 2, "examples": 64}
+    runs = [("bi-mean-cosine", seed, right) for seed, right in ((0, 42), (1, 30))]  # the best with one seed alone
+    runs += [
+        ("bi-last-turn-cosine", 0, 40),
+        ("bi-last-turn-cosine", 1, 40),
+        ("poly-turns", 0, 50),
+        ("poly-turns", 1, 50),
+    ]
+    runs += [("bi-mean-cosine", "untrained", 20), ("bi-last-turn-cosine", "untrained", 10), ("late-interaction", 0, 40)]
+    runs += [("bi-mean-cosine-frozen", 0, 60), ("poly-turns-frozen", 0, 60)]
+    for row, seed, right in runs:
+        found = {**shared, "row": row, "seed": seed, "ranks": [1] * right + [3] * (100 - right)}
+        (tmp_path / "quality" / f"a.{row}.{seed}.json").write_text(json.dumps(found))
+    found = run_quality(tmp_path, "--tables")["a"]
+    lead = found["trained"]["poly-turns"]
+    assert (lead["lead"], lead["over"], lead["seeds"]) == (pytest.approx(10.0), "bi-last-turn-cosine", 2)
+    low, high = lead["interval"]
     assert 3.5 < low < 6 < 14 < high < 17  # 10 +- 1.96 standard errors of 3 points: the contexts are 100, not 200
-    assert (tmp_path / "quality.png").read_bytes().startswith(b"\x89PNG")
+    assert found["trained"]["late-interaction"]["interval"] == [0.0, 0.0]  # one seed against two
+    assert found["untrained"]["bi-last-turn-cosine"]["over"] == "bi-mean-cosine"
+    assert found["trained"]["poly-turns-frozen"]["over"] == "bi-mean-cosine-frozen"
+    assert found["trained"]["bi-mean-cosine-frozen"]["over"] == "bi-mean-cosine-frozen"
+    assert found["trained"]["poly-turns"]["mrr"] == pytest.approx(50 + 50 / 3)

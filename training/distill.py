@@ -9,11 +9,10 @@ and a training that was stopped goes on where it was: give the same command once
 """
 
 import argparse
-import hashlib
 import json
 import logging
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +25,7 @@ from datasets import Dataset
 from poly_encoders.loading import load_model
 from poly_encoders.modeling.text_poly_encoder import checked_count
 from poly_encoders.saving import staged_folder
+from poly_encoders.training.methods.fingerprints import hashed, weights_fingerprint
 from poly_encoders.training.methods.mining import process_state
 from poly_encoders.training.methods.teaching import add_teacher_scores
 from poly_encoders.training.runs.arguments import LAST
@@ -116,25 +116,16 @@ def write_scores(teacher: str, options: ScoreOptions, source: Options) -> None:
 def teacher_fingerprint(teacher: Any) -> str:
     """A hash of a teacher's weights and settings: of the files in its folder, or of a model's state."""
     if isinstance(teacher, torch.nn.Module):
-        tensors = sorted(teacher.state_dict().items())
-        parts = [(name, tensor.cpu().contiguous().flatten().view(torch.uint8).numpy()) for name, tensor in tensors]
-        return _hash(part for name, content in parts for part in (name.encode(), content))
+        return weights_fingerprint(teacher)
     names = sorted(file.relative_to(teacher).as_posix() for file in Path(teacher).rglob("*.*"))
     own = [name for name in names if not name.startswith(("checkpoint-", "training_args."))]  # which are of the run
     kept = [name for name in own if name.endswith((".safetensors", ".bin", ".json"))]
-    return _hash(part for name in kept for part in (name.encode(), np.fromfile(Path(teacher, name), np.uint8)))
+    return hashed(part for name in kept for part in (name.encode(), np.fromfile(Path(teacher, name), np.uint8)))
 
 
 def data_fingerprint(data: Dataset) -> str:
     """A hash of a data set's rows."""
-    return _hash(json.dumps(batch).encode() for batch in data.iter(1000))
-
-
-def _hash(parts: Iterable[Any]) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()[:16]
+    return hashed(json.dumps(batch).encode() for batch in data.iter(1000))
 
 
 def distill(plan: Plan, teacher: str | None = None) -> Any:

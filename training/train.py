@@ -67,8 +67,10 @@ def build_model(options: ModelArguments) -> Any:
         return CrossEncoder(path, **options.text_options())
     both = {"reduction": options.reduction, "share_encoders": options.share_encoders, **options.text_options()}
     if options.architecture == "bi-encoder":
-        return BiEncoder(path, num_codes=options.num_codes if options.reduction == "first_m_mean" else None, **both)
-    return PolyEncoder(path, num_codes=options.num_codes, context_vectors=options.context_vectors, **both)
+        kind: dict[str, Any] = {} if options.similarity is None else {"similarity_fn_name": options.similarity}
+        num_codes = options.num_codes if options.reduction == "first_m_mean" else None
+        return BiEncoder(path, num_codes=num_codes, **kind, **both)
+    return PolyEncoder(path, **options.poly_options(), **both)
 
 
 def checkpoint_path(name: str) -> str:
@@ -105,6 +107,8 @@ def build_trainer(options: Options) -> PaperTrainer:
     source = data.eval_source(training.seed)
     evaluator = None if source is None else make_evaluator(source, data, training)
     eval_dataset = None if source is None or data.max_eval_examples == 0 else source.examples()
+    if getattr(training, "freeze_candidate_encoder", False) and options.model.share_encoders is None:
+        options = options._replace(model=replace(options.model, share_encoders=False))
     model = build_model(options.model)
     describe_run(model.model_card_data, options.model, data if source else replace(data, eval_split=None))
     return TRAINERS[options.model.architecture](

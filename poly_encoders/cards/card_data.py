@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import torch
 from huggingface_hub.repocard_data import eval_results_to_model_index
 from sentence_transformers.base.model_card import BaseModelCardData, format_duration
 from sentence_transformers.cross_encoder.model_card import CrossEncoderModelCardData as UpstreamCrossEncoderCardData
@@ -28,6 +29,7 @@ _TASK = "ranking replies, passages or labels for a context"
 _NAMES = {"PolyEncoder": "Poly-encoder", "BiEncoder": "Bi-encoder", "CrossEncoder": "Cross-encoder"}
 # Metadata and tags that tell of one training run and its figures; the next one brings its own.
 _OF_A_RUN = ("datasets", "metrics", "widget", "model-index", "co2_eq_emissions")
+_UNTRAINED = ("Not trained yet", "As the encoder comes")  # headings of the card's section about that
 _RUN_TAGS = ("generated_from_trainer", "dataset_size:", "loss:")
 
 # What the snippets of every card rank.
@@ -43,7 +45,7 @@ class RankingCardData(BaseModelCardData):
     language: Any = field(default_factory=list)
     license: str | None = None
     model_name: str | None = None
-    #: Whether weights that decide the score are new, so that the card warns of it.
+    #: Whether the model was built on an encoder and not trained since: the card says what it is worth then.
     is_untrained: bool = field(default=False, init=False, repr=False)
     #: The plot of the training's evaluations, a file to save beside the card; `None` where there is none.
     curve: Path | None = field(default=None, init=False, repr=False)
@@ -70,8 +72,8 @@ class RankingCardData(BaseModelCardData):
         self._loaded, self._loaded_id = metadata_of(card), loaded_id
         if is_generated(card):
             self._loaded_id = loaded_id or snippet_id(card)
-            self._sections = {name: section_of(card, name) for name in ("Evaluation", "Training")}
-            self.is_untrained = bool(section_of(card, "Not trained yet"))
+            self._sections = {name: section_of(card, name) for name in ("Its index", "Evaluation", "Training")}
+            self.is_untrained = any(section_of(card, heading) for heading in _UNTRAINED)
             if "model-index" in self._loaded and "widget" not in self._loaded:
                 self.generate_widget_examples = False  # as somebody decided: a no is one for good
         self.language = self.language or _texts(self._loaded.get("language"))
@@ -174,6 +176,7 @@ class RankingCardData(BaseModelCardData):
             "turn_separator": self.model.turn_separator,
             "max_turns": self.model.max_turns,
             "parlai": "parlai" in self.tags,
+            "cosines": getattr(self.model, "scores_are_cosines", False),
         }
 
 
@@ -199,9 +202,17 @@ class PolyEncoderModelCardData(RankingCardData, SentenceTransformerModelCardData
     template_path: Path = field(default=_TEMPLATES / "poly_encoder.md", init=False, repr=False)
 
     def get_model_specific_metadata(self) -> dict[str, Any]:
+        model, config = self.model[0].model, self.model[0].config
+        with torch.no_grad():
+            temperature = model.log_temperature.exp() if config.learn_final_temperature else config.final_temperature
+            share = model.last_turn_share
         return super().get_model_specific_metadata() | {
-            "config": self.model[0].config,
-            "backbone": type(self.model[0].model.context_encoder).__name__,
+            "config": config,
+            "backbone": type(model.context_encoder).__name__,
+            "temperature": float(temperature),
+            "last_turn_share": float(share),
+            # Whether turns can be told by token ids alone, as the snippet without a pipeline does it.
+            "ids_tell_turns": config.turn_boundary_ids is not None and not self.model.prompt_of("query"),
             # transformers' pipeline does not read them from the folder.
             "context_prompt": self.model.prompt_of("query") or "",
             "candidate_prompt": self.model.prompt_of("document") or "",

@@ -11,9 +11,10 @@ from markupsafe import Markup
 
 from poly_encoders.explaining import Explanation
 
-TOP_CODES = 16  # rows of the heat map, unless all are wanted
-LISTED_CODES = 8  # in the list, unless all are wanted
+TOP_ROWS = 16  # of the heat map, unless all are wanted
+LISTED = 8  # context vectors in the list, unless all are wanted
 TOKENS_NAMED = 3  # of each code in the list
+COSINE_SCALE = 20  # cosines are close to each other: a softmax is taken of so many times them, as in training
 
 _TEMPLATE_SIGNS = str.maketrans({sign: f"&#{ord(sign)};" for sign in "{}$`"})
 _BREAKS = {"\n": "⏎", "\t": "⇥"}
@@ -29,31 +30,34 @@ def draw(macro: str, *arguments: Any) -> str:
     return str(getattr(_MACROS, macro)(*arguments))
 
 
-def ranking(entries: Sequence[dict[str, Any]], explained: bool) -> str:
-    """What `rank(..., return_documents=True)` gave, as bars of the softmax of the scores."""
-    scores = np.array([entry["score"] for entry in entries])
+def ranking(entries: Sequence[dict[str, Any]], explained: bool, scale: int = 1) -> str:
+    """What `rank(..., return_documents=True)` gave, as bars of the softmax of `scale` times the scores."""
+    scores = scale * np.array([entry["score"] for entry in entries])
     powers = np.exp(scores - scores.max())
-    return draw("ranking", list(zip(entries, powers / powers.sum(), strict=True)), explained)
+    return draw("ranking", list(zip(entries, powers / powers.sum(), strict=True)), explained, scale)
 
 
-def explanation(why: Explanation, candidate: str, name: str, all_codes: bool) -> str:
-    """Why the candidate got its score; `name` is what each of the context's vectors is called."""
-    codes = [
-        {
-            "number": code,
-            "share": max(float(why.final_attention[code]), 1e-9),
-            "weights": why.code_attention[code],
-            "depths": depths(why.code_attention[code]),
-            "strongest": [
-                place
-                for place in np.argsort(-why.code_attention[code], kind="stable")[:TOKENS_NAMED]
-                if why.code_attention[code, place] > 0.005
-            ],
-        }
-        for code in np.argsort(-why.final_attention, kind="stable")
-    ]
-    rows, listed = (codes, codes) if all_codes else (codes[:TOP_CODES], codes[:LISTED_CODES])
-    return draw("explanation", why, candidate, name, pieces(why), codes, listed, rows, not all_codes)
+def explanation(why: Explanation, candidate: str, kind: str, all_vectors: bool) -> str:
+    """Why the candidate got its score; `kind` is what the context's vectors are of, such as "turn"."""
+    vectors = [_vector(why, place) for place in np.argsort(-why.final_attention, kind="stable").tolist()]
+    vectors = [vector for vector in vectors if vector["weights"].any()]  # without padding
+    rows, listed = (vectors, vectors) if all_vectors else (vectors[:TOP_ROWS], vectors[:LISTED])
+    return draw("explanation", why, candidate, kind, pieces(why), vectors, listed, rows, not all_vectors)
+
+
+def _vector(why: Explanation, place: int) -> dict[str, Any]:
+    """What is shown of one context vector: of a code the tokens that it looks at most, else its text."""
+    weights = why.code_attention[place]
+    name, _, text = why.vectors[place].partition(": ")
+    strongest = [] if text else np.argsort(-weights, kind="stable")[:TOKENS_NAMED].tolist()
+    return {
+        "name": name,
+        "text": _visible(text) if text else "",
+        "share": max(float(why.final_attention[place]), 1e-9),
+        "weights": weights,
+        "depths": depths(weights),
+        "strongest": [token for token in strongest if weights[token] > 0.005],
+    }
 
 
 def depths(weights: np.ndarray) -> np.ndarray:

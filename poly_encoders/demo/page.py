@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import gradio as gr
+import torch
 
 from poly_encoders import BiEncoder, CrossEncoder, PolyEncoder
 from poly_encoders.demo import drawing
@@ -18,13 +19,19 @@ MAX_TURNS, MAX_CANDIDATES, MAX_CHARACTERS = 100, 100, 20_000
 Model = PolyEncoder | BiEncoder | CrossEncoder
 
 KINDS = {PolyEncoder: "Poly-encoder", BiEncoder: "Bi-encoder", CrossEncoder: "Cross-encoder"}
+VECTORS = {  # kind of context vectors -> what one is of, and what they are
+    "turns": ("turn", "one for each turn, which has read the others"),
+    "learnt_codes": ("code", "one for each learnt code, which looks at some of its tokens"),
+    "turns_and_codes": ("vector", "one for each turn, and one for each learnt code, which looks at some of its tokens"),
+}
+TOKENS = ("vector", "those of some of its tokens")
 HOW = {
-    PolyEncoder: "Each code looks at some tokens of the dialogue; each candidate decides which codes to listen to. "
-    "Choose a candidate in the ranking to see both.",
-    BiEncoder: "This is a Bi-encoder: one vector for the dialogue, one for the candidate, and their dot product is the "
-    "score. Nothing in between tells which words decided, so there is no map to show.",
-    CrossEncoder: "This is a Cross-encoder: it reads the dialogue and a candidate together in all its layers, without "
-    "codes. No single place in it tells which words decided, so there is no map to show.",
+    PolyEncoder: "The dialogue becomes several vectors, {}; each candidate decides which of them to listen to. "
+    "Choose a candidate in the ranking to see it.",
+    BiEncoder: "This is a Bi-encoder: one vector for the dialogue, one for the candidate, and how alike they are is "
+    "the score. Nothing in between tells which words decided, so there is no map to show.",
+    CrossEncoder: "This is a Cross-encoder: it reads the dialogue and a candidate together in all its layers. "
+    "No single place in it tells which words decided, so there is no map to show.",
 }
 
 # A click is told by the candidate's number, so that the ranking need not be drawn again and keeps the keyboard's focus.
@@ -62,6 +69,13 @@ class Demo:
     def __init__(self, model: Model) -> None:
         self.model = model
         self.kind = next(kind for kind in KINDS if isinstance(model, kind))
+        self.vector, what = TOKENS
+        if isinstance(model, PolyEncoder):
+            self.vector, what = VECTORS.get(model[0].config.context_vectors, TOKENS)
+            with torch.no_grad():
+                share = float(model[0].model.last_turn_share)
+            what += f" ({share:.0%} of each is the last turn's)" if share else ""
+        self.how = HOW[self.kind].format(what)
 
     def rank(self, dialogue: list[str], candidates: list[str]) -> list[dict[str, Any]]:
         """Rank candidates for a dialogue, its turns oldest first; corpus_id, score and text of each, best first."""
@@ -71,7 +85,7 @@ class Demo:
         except (TypeError, ValueError) as error:  # Gradio tells a client of its own errors only
             raise gr.Error(str(error), print_exception=False) from error
 
-    def show_ranking(self, dialogue: str, candidates: str, all_codes: bool) -> tuple[str, str, Ranked | None]:
+    def show_ranking(self, dialogue: str, candidates: str, all_vectors: bool) -> tuple[str, str, Ranked | None]:
         """The bars, or what is to be mended; the explanation of the best candidate; and what was ranked."""
         turns, texts = lines(dialogue), lines(candidates)
         try:
@@ -79,28 +93,29 @@ class Demo:
         except gr.Error as error:
             return drawing.draw("message", error.message), "", None
         ranked = Ranked(turns, texts, entries[0]["corpus_id"])
-        bars = drawing.ranking(entries, explained=isinstance(self.model, PolyEncoder))
-        return bars, self.show_explanation(ranked, all_codes), ranked
+        scale = drawing.COSINE_SCALE if getattr(self.model, "scores_are_cosines", False) else 1
+        bars = drawing.ranking(entries, isinstance(self.model, PolyEncoder), scale)
+        return bars, self.show_explanation(ranked, all_vectors), ranked
 
     def choose(
-        self, ranked: Ranked | None, all_codes: bool, event: gr.EventData
+        self, ranked: Ranked | None, all_vectors: bool, event: gr.EventData
     ) -> tuple[str | dict[str, Any], Ranked | None]:
         """The explanation of the candidate that was clicked on."""
         chosen = getattr(event, "candidate", None)
         if ranked is None or not isinstance(chosen, int) or not 0 <= chosen < len(ranked.candidates):
             return gr.skip(), ranked
         ranked = ranked._replace(chosen=chosen)
-        return self.show_explanation(ranked, all_codes), ranked
+        return self.show_explanation(ranked, all_vectors), ranked
 
-    def show_explanation(self, ranked: Ranked | None, all_codes: bool) -> str:
+    def show_explanation(self, ranked: Ranked | None, all_vectors: bool) -> str:
         """Why the chosen candidate got its score, or why that cannot be said of this model."""
         if ranked is None:
             return ""
         if not isinstance(self.model, PolyEncoder):
-            return f'<p class="pe-hint">{drawing.shown(HOW[self.kind])}</p>'
+            return f'<p class="pe-hint">{drawing.shown(self.how)}</p>'
         candidate = ranked.candidates[ranked.chosen]
-        name = "code" if self.model[0].config.context_vectors == "learnt_codes" else "vector"
-        return drawing.explanation(self.model.explain(ranked.turns, candidate), candidate, name, all_codes)
+        why = self.model.explain(ranked.turns, candidate)
+        return drawing.explanation(why, candidate, self.vector, all_vectors)
 
 
 def lines(text: str | None) -> list[str]:
@@ -160,21 +175,21 @@ def build(model: Model, name: str) -> gr.Blocks:
                 _html('<h2 class="pe-title">Ranking</h2>')
                 bars = _html(elem_id="bars", js_on_load=CHOOSE)
         with gr.Column(visible=explains):
-            _html(f'<h2 class="pe-title">Why?</h2><p class="pe-hint">{drawing.shown(HOW[demo.kind])}</p>')
-            all_codes = gr.Checkbox(label="Show all of them, not only those that decided most", elem_id="all-codes")
+            _html(f'<h2 class="pe-title">Why?</h2><p class="pe-hint">{drawing.shown(demo.how)}</p>')
+            all_vectors = gr.Checkbox(label="Show all of them, not only those that decided most", elem_id="all-vectors")
         why = _html(elem_id="why")
 
         dialogue.change(lambda text: drawing.draw("dialogue", lines(text)), dialogue, bubbles, **_QUIET)
         gr.on([add.click, turn.submit], add_turn, [dialogue, turn], [dialogue, turn], **_QUIET)
         undo.click(remove_turn, dialogue, dialogue, **_QUIET)
         clear.click(lambda: "", None, dialogue, **_QUIET)
-        rank = (demo.show_ranking, [dialogue, candidates, all_codes], [bars, why, ranked])
+        rank = (demo.show_ranking, [dialogue, candidates, all_vectors], [bars, why, ranked])
         gr.on([page.load, button.click], *rank, api_visibility="private")
         for example, filled in zip(examples, EXAMPLES.values(), strict=True):
             fill = example.click(lambda filled=filled: filled, None, [dialogue, candidates], **_QUIET)
             fill.then(*rank, api_visibility="private")
-        bars.click(demo.choose, [ranked, all_codes], [why, ranked], api_visibility="private")
-        all_codes.change(demo.show_explanation, [ranked, all_codes], why, api_visibility="private")
+        bars.click(demo.choose, [ranked, all_vectors], [why, ranked], api_visibility="private")
+        all_vectors.change(demo.show_explanation, [ranked, all_vectors], why, api_visibility="private")
         gr.api(demo.rank, api_name="rank")
     return page
 

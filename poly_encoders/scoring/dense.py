@@ -15,7 +15,9 @@ DOTS_AT_ONCE = 2**21
 VECTORS_AT_ONCE = 2**22  # numbers in the vectors of a piece, on either side: 16 MiB, copied where they are not float32
 
 
-def score(context: Tensor, candidates: Tensor, scale: float = 1.0, *, dots_at_once: int = DOTS_AT_ONCE) -> Tensor:
+def score(
+    context: Tensor, candidates: Tensor, scale: float | Tensor = 1.0, *, dots_at_once: int = DOTS_AT_ONCE
+) -> Tensor:
     """`poly_score` in pieces, forward and backward: of the `(batch, n, m)` dots only a piece is held, and none is kept.
 
     The gradient is the closed form `d score / d d_i = w_i (1 + scale (d_i - score))` with `w = softmax(scale d)`, from

@@ -157,7 +157,9 @@ def _checked_context(context: Tensor | np.ndarray) -> Tensor:
         raise ValueError(
             "The context vectors hold NaN or infinity, so nothing can be ranked. Encode the contexts again."
         )
-    return context.detach()
+    used = (context != 0).any(dim=-1).any(dim=0)
+    used[0] |= ~used.any()  # nothing but zeros is no padding
+    return context.detach()[:, used]  # where contexts have few turns, most of the m are padding in all of them
 
 
 def _checked(context: Tensor, candidates: CandidateReader, k: int, scale: float, precision: str | None) -> int:

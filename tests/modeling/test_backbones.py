@@ -16,6 +16,9 @@ KINDS = list(
     itertools.product(["learnt_codes", "first_m", "last_m", "first_and_last_m"], ["mean", "first", "first_m_mean"])
 )
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
+# Options of a model with turns between any of a third of all tokens.
+TURNS = {"turn_boundary_ids": list(range(5, tiny.VOCAB_SIZE, 3)), "max_turn_length": 2, "last_turn_share": 0.5}
+TURNS |= {"normalize": True, "final_temperature": 0.1}
 
 # Ways to place 4 rows of at most 7 tokens in a longer row: where the first of each is. "holes" has padding within rows.
 PLACES = {
@@ -59,11 +62,13 @@ def placed(batch, width, *ways):
 
 
 @torch.no_grad()
-def test_padding_changes_nothing(family):
+@pytest.mark.parametrize("turns", [False, True])
+def test_padding_changes_nothing(family, turns):
     """On the left it moved the positions of BERT and of others, by up to 3.1 in a number of their vectors."""
     kind, reduction = KINDS[FAMILIES.index(family) % len(KINDS)]  # each at least once
-    model = tiny.poly_model(family, context_vectors=kind, reduction=reduction, attn_implementation="eager")
-    batch = tiny.token_batch(4, 7)
+    options = {"context_vectors": ("turns", "turns_and_codes")[len(family) % 2], **TURNS} if turns else {}
+    options = {"context_vectors": kind, "reduction": reduction, "attn_implementation": "eager", **options}
+    model, batch = tiny.poly_model(family, **options), tiny.token_batch(4, 7)
     expected = outputs(model, batch)
     ways = [[way] for way in PLACES] + [list(PLACES)]
     for found in (outputs(model, placed(batch, 12, *way)) for way in ways):
@@ -73,17 +78,28 @@ def test_padding_changes_nothing(family):
         "attention_mask": batch["attention_mask"],
     }
     flipped = {name: tensor.flip(1) for name, tensor in embeds.items()}
+    flipped["turn_ids"] = model.turns_of({name: tensor.flip(1) for name, tensor in batch.items()})
     backwards = {name: tensor.flip(1) for name, tensor in placed(batch, 7, "left").items()}
     torch.testing.assert_close(model.get_context_features(**flipped), model.get_context_features(**backwards), **CLOSE)
 
 
 @torch.no_grad()
-def test_padding_changes_nothing_in_a_compiled_model():
-    model, batch = tiny.poly_model(attn_implementation="eager"), tiny.token_batch(4, 7)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"context_vectors": "turns", **TURNS},
+        {"context_vectors": "turns_and_codes", **TURNS, "learn_final_temperature": True, "learn_last_turn_share": True},
+    ],
+)
+def test_padding_changes_nothing_in_a_compiled_model(options):
+    model, batch = tiny.poly_model(attn_implementation="eager", **options), tiny.token_batch(4, 7)
     expected = outputs(model, batch)  # upstream puts its hooks for states and attentions in place on the first call
     compiled = torch.compile(model, fullgraph=True, backend="eager")
+    features = torch.compile(model.get_context_features, fullgraph=True, backend="eager")
     for ways in (["more"], PLACES):
         torch.testing.assert_close(outputs(compiled, placed(batch, 12, *ways)), expected, **CLOSE)
+        torch.testing.assert_close(features(**placed(batch, 12, *ways)), expected[1], **CLOSE)
 
 
 @torch.no_grad()

@@ -9,6 +9,8 @@ from transformers import AutoConfig, BertConfig
 import tiny
 from poly_encoders import PolyEncoder, PolyEncoderConfig
 
+TURNS = {"context_vectors": "turns"}
+
 
 def test_works_with_no_arguments():
     config = PolyEncoderConfig()
@@ -53,6 +55,12 @@ def test_the_older_name_of_reduction(checkpoints, tmp_path):
         ({"code_std": -1.0}, "code_std"),
         ({"max_context_length": 0}, "max_context_length"),
         ({"max_turns": -3}, "max_turns"),
+        ({"max_turn_length": 0}, "max_turn_length"),
+        *(({"final_temperature": value}, "final_temperature") for value in (0.0, -1.0, float("nan"), float("inf"))),
+        *(({**TURNS, "last_turn_share": value}, "last_turn_share") for value in (-0.1, 1.0, 2, float("nan"))),
+        ({"last_turn_share": 0.5}, "not 'learnt_codes'"),
+        ({"context_vectors": "last_m", "last_turn_share": 0.5, "learn_last_turn_share": True}, "not 'last_m'"),
+        ({**TURNS, "learn_last_turn_share": True}, "starts above 0"),
         ({"candidate_encoder": tiny.family_config("bert", width=16)}, "32 wide, the candidate encoder 16"),
         ({"candidate_encoder": tiny.family_config("bert"), "share_encoders": True}, "share_encoders=True"),
     ],
@@ -70,6 +78,8 @@ def test_values_out_of_range_are_named(options, said):
         {"reduction": "max"},
         {"candidate_vector": "max"},
         {"code_attention": "cosine"},
+        {"normalize": "yes"},
+        {"turn_boundary_ids": ["[SEP]"]},
     ],
 )
 def test_values_of_a_wrong_kind_are_refused(options):
@@ -88,7 +98,12 @@ def test_what_is_no_configuration(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("kind", "vectors"), [("learnt_codes", 5), ("first_m", 5), ("last_m", 5), ("first_and_last_m", 6)]
+    ("kind", "vectors"),
+    [
+        *((kind, 5) for kind in ("learnt_codes", "first_m", "last_m", "turns")),
+        ("first_and_last_m", 6),
+        ("turns_and_codes", 10),
+    ],
 )
 def test_number_of_context_vectors(kind, vectors):
     assert tiny.poly_config(num_codes=5, context_vectors=kind).num_context_vectors == vectors

@@ -95,7 +95,7 @@ def test_a_text_without_tokens_is_the_senders_fault(checkpoints, tmp_path):
 def test_what_goes_wrong_inside_stays_inside(saved_poly_encoder, caplog):
     handler = EndpointHandler(str(saved_poly_encoder))
     with torch.no_grad():
-        handler.pipeline.model.codes.fill_(float("nan"))
+        next(handler.pipeline.model.parameters()).fill_(float("nan"))
     (error,) = handler({"inputs": INPUTS}).values()
     assert (error["type"], error["status"]) == ("internal_error", 500)
     assert "NaN" not in error["message"]

@@ -88,14 +88,22 @@ def test_calls_that_make_no_sense_are_named():
         model()
     with pytest.raises(ValueError, match=r"\(batch, length\)"):
         model(torch.arange(5))
+    for shape in ((2, 1), (1, 5), (2, 6), (5,)):  # torch would spread some of them over the tokens
+        with pytest.raises(ValueError, match=r"the tokens' shape \(2, 5\)"):
+            model(**tiny.token_batch(2, 5), turn_ids=torch.ones(shape, dtype=torch.long))
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_row_without_tokens_stays_finite(kind):
-    model, ids = tiny.poly_model(context_vectors=kind), torch.full((1, 4), 7)
-    assert model.get_context_features(ids, torch.zeros_like(ids)).isfinite().all()
-    assert model.get_candidate_features(ids, torch.zeros_like(ids)).isfinite().all()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("kind", [*KINDS, "turns", "turns_and_codes"])
+def test_padding_vectors_and_a_row_without_tokens_stay_finite(kind, normalize, dtype):
+    """A vector of zeros had NaN at length 1 in half precision, where torch's smallest length is 0."""
+    model = tiny.poly_model(context_vectors=kind, num_codes=6, normalize=normalize).to(dtype)
+    ids = torch.full((2, 4), 7)
+    mask = torch.tensor([[0, 0, 0, 0], [1, 1, 0, 0]])
+    assert model.get_context_features(ids, mask).isfinite().all()
+    assert model.get_candidate_features(ids, mask).isfinite().all()
 
 
 def test_new_codes_start_near_zero():

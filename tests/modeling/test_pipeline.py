@@ -45,7 +45,16 @@ def close(rankings, expected):
 
 
 @pytest.mark.parametrize(
-    "context", ["hello", TURNS, [{"role": "user", "content": turn} for turn in TURNS], "long " * 40, ["x" * 40] * 4]
+    "context",
+    [
+        "hello",
+        TURNS,
+        "hello\nhi",
+        ["one turn\nof two lines", "", "hi"],
+        [{"role": "user", "content": turn} for turn in TURNS],
+        "long " * 40,
+        ["x" * 40] * 4,
+    ],
 )
 def test_ranks_to_the_bit_as_the_model_does(model, pipe, context):
     candidates = [*CANDIDATES, "start " + "y" * 90, *(f"answer number {number}" for number in range(40))]
@@ -57,6 +66,9 @@ def test_ranks_to_the_bit_as_the_model_does(model, pipe, context):
     [
         ("bert", {"max_turns": 1, "max_candidate_length": 5}),
         ("bert", {"turn_separator": " | ", "context_vectors": "first_m", "share_encoders": True}),
+        ("bert", {"turn_separator": " | ", "last_turn_share": 0.0, "config_kwargs": {"max_turn_length": 5}}),
+        ("bert", {"context_vectors": "turns_and_codes", "config_kwargs": {"learn_final_temperature": True}}),
+        ("bert", {"context_vectors": "learnt_codes", "config_kwargs": {"code_std": 1.0, "final_attention": "sqrt"}}),
         ("bert", {"max_context_length": 8, "context_vectors": "first_and_last_m"}),
         ("roberta", {}),  # has positions for two tokens less than rows of embeddings
     ],
@@ -154,7 +166,7 @@ def test_models_that_rank_nothing(checkpoints, saved_poly_encoder):
         pipeline("sentence-similarity", model=checkpoints())
     pipe = load(saved_poly_encoder)
     with torch.no_grad():
-        pipe.model.codes.fill_(float("nan"))
+        next(pipe.model.parameters()).fill_(float("nan"))
     with pytest.raises(ValueError, match="NaN or infinite"):
         pipe(context="a", candidates=["b"])
 

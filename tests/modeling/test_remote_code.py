@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from poly_encoders import modeling
+from poly_encoders import PolyEncoder, modeling
 from without_package import run_without_package
 
 
@@ -35,20 +35,21 @@ config = AutoConfig.from_pretrained(path, trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
 model = AutoModel.from_pretrained(path, trust_remote_code=True).eval()
 with torch.no_grad():
-    context = model.get_context_features(**tokenizer(["hello there"], return_tensors="pt"))
+    context = model.get_context_features(**tokenizer(["hello\\nthere"], return_tensors="pt"))
     candidates = model.get_candidate_features(**tokenizer(["yes", "no"], return_tensors="pt", padding=True))
 torch.save({"context": context, "candidates": candidates}, out + "/vectors.pt")
 model.save_pretrained(out + "/again")
 tokenizer.save_pretrained(out + "/again")
 again = AutoModel.from_pretrained(out + "/again", trust_remote_code=True).eval()
 with torch.no_grad():
-    same = again.get_context_features(**tokenizer(["hello there"], return_tensors="pt"))
+    same = again.get_context_features(**tokenizer(["hello\\nthere"], return_tensors="pt"))
 print(type(model).__module__.split(".")[0], torch.equal(same, context))
 """
     out = run_without_package(code, str(saved_poly_encoder), str(tmp_path), cache=tmp_path)
     assert out.split() == ["transformers_modules", "True"]
     vectors = torch.load(tmp_path / "vectors.pt", weights_only=True)
-    expected = poly_encoder.encode_query(["hello there"], convert_to_tensor=True)
+    expected = poly_encoder.encode_query([["hello", "there"]], convert_to_tensor=True)
+    assert (expected[0] != 0).any(dim=-1).tolist() == [True, True, False, False]
     torch.testing.assert_close(vectors["context"], expected)
     torch.testing.assert_close(
         vectors["candidates"], poly_encoder.encode_document(["yes", "no"], convert_to_tensor=True)
@@ -106,7 +107,8 @@ candidates = {f"candidate_{name}": tensor for name, tensor in candidates.items()
 scores = [model(**inputs, **candidates).scores[0].tolist()]
 
 # A part on another device than the rest.
-places = {"context_encoder": "cpu", "candidate_encoder": "disk", "codes": "cpu"}
+scalars = {"log_temperature": "cpu", "last_turn_logit": "cpu"}
+places = {"context_encoder": "cpu", "candidate_encoder": "disk", "codes": "cpu", **scalars}
 model = AutoModel.from_pretrained(
     sys.argv[1], trust_remote_code=True, device_map=places, offload_folder="offloaded"
 )
@@ -115,11 +117,14 @@ print(json.dumps(scores))
 """
 
 
-def test_the_hubs_own_snippet(poly_encoder, saved_poly_encoder, tmp_path):
-    out = run_without_package(THE_HUBS_SNIPPET, str(saved_poly_encoder), cache=tmp_path)
-    expected = [
-        entry["score"] for entry in sorted(poly_encoder.rank("hello", ["yes", "no"]), key=itemgetter("corpus_id"))
-    ]
+@pytest.mark.parametrize("all_weights", [False, True])
+def test_the_hubs_own_snippet(checkpoints, tmp_path, all_weights):
+    learnt = {"learn_final_temperature": True, "learn_last_turn_share": True, "share_encoders": False}
+    options = {"context_vectors": "turns_and_codes", "config_kwargs": learnt} if all_weights else {}
+    model = PolyEncoder(checkpoints(), num_codes=4, device="cpu", **options)
+    model.save_pretrained(str(tmp_path / "model"))
+    out = run_without_package(THE_HUBS_SNIPPET, str(tmp_path / "model"), cache=tmp_path)
+    expected = [entry["score"] for entry in sorted(model.rank("hello", ["yes", "no"]), key=itemgetter("corpus_id"))]
     assert json.loads(out.splitlines()[-1]) == [pytest.approx(expected, rel=1e-5)] * 2
 
 
@@ -143,12 +148,12 @@ print(json.dumps(out))
 """
 
 
-def test_a_pinned_revision_has_its_own_weights_and_code(saved_poly_encoder, tmp_path, monkeypatch):
+def test_a_pinned_revision_has_its_own_weights_and_code(saved_codes_encoder, tmp_path, monkeypatch):
     """Two commits whose weights and code differ: the older one, by its id, is not run with the newer one's code."""
     repo = tmp_path / "hub" / "models--acme--poly"  # as a download leaves it
     for number in (1, 2):
         folder = repo / "snapshots" / (str(number) * 40)
-        shutil.copytree(saved_poly_encoder, folder)
+        shutil.copytree(saved_codes_encoder, folder)
         weights = load_file(folder / "model.safetensors")
         # One coordinate only: layer norm's outputs sum to 0, so that codes of equal coordinates look everywhere alike.
         weights["codes"] = torch.zeros_like(weights["codes"])

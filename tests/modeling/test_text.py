@@ -17,18 +17,18 @@ from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 import tiny
 from poly_encoders import BiEncoder, CrossEncoder, PolyEncoder
 from poly_encoders.modeling import text_poly_encoder
+from poly_encoders.modeling.pipeline_poly_encoder import by_length
 from poly_encoders.modeling.text_poly_encoder import (
     NoTokensError,
-    by_length,
     candidate_texts,
     checked_count,
     checked_text,
     context_text,
     context_texts,
-    is_single_context,
     make_ready,
     tokenized,
 )
+from poly_encoders.two_sided import is_single_context
 
 CLASSES = [PolyEncoder, BiEncoder, CrossEncoder]
 TURNS = ["hello", "hi, how are you?"]

@@ -102,13 +102,31 @@ def test_separate_encoders_start_equal_and_apart(checkpoints):
         assert ours.data_ptr() != theirs.data_ptr()
 
 
-def test_a_sentence_transformer_keeps_its_pooling_but_not_its_norm(sentence_transformer_folder):
-    model = BiEncoder(sentence_transformer_folder, device="cpu")
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_sentence_transformer_keeps_its_cosine_unless_told_otherwise(sentence_transformer_folder, tmp_path, shared):
+    """Dropping it, as was done, cost a checkpoint 4 points before any training."""
     unit = SentenceTransformer(sentence_transformer_folder, device="cpu").encode(CANDIDATES[:2])
-    vectors = model.encode_document(CANDIDATES[:2])
+    cosine = BiEncoder(sentence_transformer_folder, device="cpu", share_encoders=shared)
+    dot = BiEncoder(sentence_transformer_folder, device="cpu", share_encoders=shared, similarity_fn_name="dot")
+    np.testing.assert_allclose(cosine.encode_document(CANDIDATES[:2]), unit, atol=1e-6)
+    vectors = dot.encode_document(CANDIDATES[:2])
     np.testing.assert_allclose(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), unit, atol=1e-5)
     assert not np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-2)
-    assert model.similarity_fn_name == "dot"
+    for model, name in ((cosine, "cosine"), (dot, "dot")):
+        model.save_pretrained(str(tmp_path / name))
+        for each in (model, BiEncoder(tmp_path / name, device="cpu"), load_model(tmp_path / name, device="cpu")):
+            assert (each.similarity_fn_name, each.scores_are_cosines) == (name, name == "cosine")
+            np.testing.assert_array_equal(each.encode_document(CANDIDATES), model.encode_document(CANDIDATES))
+
+
+def test_what_brings_no_similarity_has_dot_products(checkpoints, sentence_transformer_folder):
+    """So has a model of modules, as one converted from ParlAI is, which once got the cosine."""
+    modules = list(make(checkpoints))
+    for model in (make(checkpoints), BiEncoder(modules=modules, device="cpu")):
+        assert (model.similarity_fn_name, model.scores_are_cosines) == ("dot", False)
+    normalised = BiEncoder(modules=list(SentenceTransformer(sentence_transformer_folder, device="cpu")), device="cpu")
+    assert (normalised.similarity_fn_name, normalised.scores_are_cosines) == ("dot", True)
+    assert make(checkpoints, similarity_fn_name="cosine").scores_are_cosines
 
 
 @pytest.mark.parametrize(
@@ -128,10 +146,11 @@ def test_a_router_of_anothers_is_arranged_as_well(sentence_transformer_folder, t
     side = list(SentenceTransformer(sentence_transformer_folder, device="cpu"))
     router = Router.for_query_document(side, deepcopy(side))
     SentenceTransformer(modules=[router], device="cpu").save(str(tmp_path))
-    model = BiEncoder(str(tmp_path), reduction="first", device="cpu")
-    for modules in model[0].sub_modules.values():
-        assert [type(module).__name__ for module in modules] == ["Transformer", "Pooling"]
-        assert modules[1].pooling_mode == "cls"
+    for options, rest in (({}, ["Normalize"]), ({"similarity_fn_name": "dot"}, [])):
+        model = BiEncoder(str(tmp_path), reduction="first", device="cpu", **options)
+        for modules in model[0].sub_modules.values():
+            assert [type(module).__name__ for module in modules] == ["Transformer", "Pooling", *rest]
+            assert modules[1].pooling_mode == "cls"
     with pytest.raises(ValueError, match="share_encoders"):
         BiEncoder(str(tmp_path), share_encoders=True, device="cpu")
 

@@ -52,10 +52,11 @@ def test_a_folder_saved_by_transformers_alone(poly_encoder, tmp_path):
 
 
 def test_a_sentence_transformer_brings_weights_pooling_and_ranking(sentence_transformer_folder):
-    """A fresh Poly-encoder ranks as the mean-pooled model's dot products do, because its codes are near zero."""
+    """The paper's, when new, ranks as the mean-pooled model's dot products do, because its codes are near zero."""
     original = SentenceTransformer(sentence_transformer_folder, device="cpu")
     pooled = torch.nn.Sequential(*list(original)[:2])
-    model = PolyEncoder(sentence_transformer_folder, num_codes=16, device="cpu", config_kwargs={"code_std": 0.0})
+    codes = {"context_vectors": "learnt_codes", "config_kwargs": {"code_std": 0.0}}
+    model = PolyEncoder(sentence_transformer_folder, num_codes=16, device="cpu", **codes)
     assert model[0].config.reduction == "mean"
     with torch.no_grad():
         expected = [pooled(original.preprocess([text]))["sentence_embedding"][0] for text in CANDIDATES]
@@ -63,6 +64,69 @@ def test_a_sentence_transformer_brings_weights_pooling_and_ranking(sentence_tran
     torch.testing.assert_close(candidates, torch.stack(expected), atol=1e-5, rtol=1e-5)
     contexts = model.encode_query(CANDIDATES, convert_to_tensor=True)
     torch.testing.assert_close(model.similarity(contexts, candidates), candidates @ candidates.T, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_the_vectors_that_a_checkpoint_gave_stay_valid(sentence_transformer_folder, tmp_path, pooling):
+    source = SentenceTransformer(sentence_transformer_folder, device="cpu")
+    source[1].pooling_mode = pooling
+    source.save(str(tmp_path))
+    model = PolyEncoder(str(tmp_path), device="cpu")
+    index = source.encode([*CANDIDATES, "long " * 40])
+    np.testing.assert_allclose(model.encode_document([*CANDIDATES, "long " * 40]), index, atol=1e-6)
+    scores = model.similarity(model.encode_query([CONTEXTS[1]]), index[:4])[0].tolist()
+    ranking = {entry["corpus_id"]: entry["score"] for entry in model.rank(CONTEXTS[1], CANDIDATES)}
+    assert [ranking[place] for place in range(4)] == pytest.approx(scores, abs=1e-6)
+
+
+def test_prompts_of_a_checkpoint_are_kept(sentence_transformer_folder, tmp_path):
+    """Without them an index made with one got other vectors beside it, and contexts were read as never before."""
+    prompts = {"query": "ask: ", "document": "say: "}
+    modules = list(SentenceTransformer(sentence_transformer_folder, device="cpu"))
+    source = SentenceTransformer(modules=modules, prompts=prompts, device="cpu")
+    source.save(str(tmp_path / "theirs"))
+    model = PolyEncoder(str(tmp_path / "theirs"), device="cpu")
+    assert (model.prompts, model.default_prompt_name, model.similarity_fn_name) == (prompts, None, "poly")
+    np.testing.assert_allclose(model.encode_document(CANDIDATES), source.encode_document(CANDIDATES), atol=1e-6)
+    mine = PolyEncoder(str(tmp_path / "theirs"), device="cpu", prompts={"query": "mine: "})
+    assert mine.prompts == {"query": "mine: ", "document": "say: "}
+    model.save_pretrained(str(tmp_path / "ours"))
+    assert PolyEncoder(str(tmp_path / "ours"), device="cpu").prompts == prompts
+
+
+NEW = {"context_vectors": "turns", "num_codes": 32, "share_encoders": True, "last_turn_share": 0.5}
+COSINES, DOTS = {"normalize": True, "final_temperature": 0.025}, {"normalize": False, "final_temperature": 1.0}
+PAPERS = {"num_codes": 64, "share_encoders": False, "last_turn_share": 0.0, **DOTS}
+
+
+@pytest.mark.parametrize(
+    ("similarity", "options", "expected"),
+    [
+        (None, {}, {**NEW, **COSINES}),  # a plain encoder
+        ("cosine", {}, {**NEW, **COSINES}),
+        ("dot", {}, {**NEW, **DOTS}),
+        ("dot", {"normalize": True}, {**NEW, **COSINES}),
+        ("cosine", {"normalize": False}, {**NEW, **DOTS}),
+        ("cosine", {"context_vectors": "turns_and_codes"}, {**NEW, **COSINES, "context_vectors": "turns_and_codes"}),
+        ("cosine", {"last_turn_share": 0.0}, {**NEW, **COSINES, "last_turn_share": 0.0}),
+        ("cosine", {"context_vectors": "learnt_codes"}, PAPERS),
+        (None, {"context_vectors": "first_m"}, PAPERS),
+        ("cosine", {"context_vectors": "learnt_codes", "normalize": True}, {**PAPERS, **COSINES}),
+    ],
+)
+def test_what_a_new_model_is(checkpoints, sentence_transformer_folder, tmp_path, similarity, options, expected):
+    path = checkpoints()
+    if similarity is not None:
+        modules = list(SentenceTransformer(sentence_transformer_folder, device="cpu"))[: 2 + (similarity == "cosine")]
+        SentenceTransformer(modules=modules, similarity_fn_name=similarity, device="cpu").save(str(tmp_path))
+        path = str(tmp_path)
+    model = PolyEncoder(path, device="cpu", **options)
+    config = model[0].config
+    expected = {**expected, **options}
+    assert {name: getattr(config, name) for name in expected} == expected
+    assert model.scores_are_cosines == config.normalize
+    lengths = np.linalg.norm(model.encode_document(CANDIDATES), axis=1)
+    assert np.allclose(lengths, 1, atol=1e-5) == config.normalize
 
 
 def test_cls_pooling_becomes_first(sentence_transformer_folder, tmp_path):
@@ -106,9 +170,26 @@ def test_options_of_a_saved_model(saved_poly_encoder):
     assert model.max_seq_length == 12
     assert model.context_texts([["a", "b"]]) == ["a / b"]
     assert PolyEncoder(str(saved_poly_encoder), num_codes=4, device="cpu")[0].config.num_codes == 4
-    for options in ({"num_codes": 5}, {"share_encoders": True}, {"context_vectors": "first_m"}):
+    numbers = {"normalize": False}, {"final_temperature": 0.1}, {"last_turn_share": 0.4}
+    for options in ({"num_codes": 5}, {"context_vectors": "first_m"}, *numbers):
         with pytest.raises(ValueError, match="would need training anew"):
             PolyEncoder(str(saved_poly_encoder), device="cpu", **options)
+
+
+@pytest.mark.parametrize("kind", ["turns_and_codes", "learnt_codes"])
+def test_one_encoder_divides_into_two_equal_ones(checkpoints, tmp_path, kind):
+    """So that a model with one can be trained on, its candidates' side frozen."""
+    model = PolyEncoder(checkpoints(), context_vectors=kind, num_codes=2, share_encoders=True, device="cpu")
+    model.save_pretrained(str(tmp_path / "one"))
+    two = PolyEncoder(str(tmp_path / "one"), share_encoders=False, device="cpu")
+    assert two[0].model.context_encoder is not two[0].model.candidate_encoder
+    two.save_pretrained(str(tmp_path / "two"))
+    for again in (two, PolyEncoder(str(tmp_path / "two"), device="cpu")):
+        assert not again[0].config.share_encoders
+        np.testing.assert_array_equal(again.encode_document(CANDIDATES), model.encode_document(CANDIDATES))
+        np.testing.assert_array_equal(again.encode_query(["a b"]), model.encode_query(["a b"]))
+    with pytest.raises(ValueError, match="would need training anew"):
+        PolyEncoder(str(tmp_path / "two"), share_encoders=True, device="cpu")
 
 
 def test_shared_encoders(checkpoints, tmp_path):
@@ -120,7 +201,7 @@ def test_shared_encoders(checkpoints, tmp_path):
     np.testing.assert_array_equal(again.encode_document(CANDIDATES), model.encode_document(CANDIDATES))
 
 
-@pytest.mark.parametrize("kind", ["first_m", "last_m", "first_and_last_m"])
+@pytest.mark.parametrize("kind", ["first_m", "last_m", "first_and_last_m", "turns_and_codes"])
 def test_other_context_vectors_survive_saving(checkpoints, tmp_path, kind):
     model = PolyEncoder(checkpoints(), num_codes=3, context_vectors=kind, device="cpu")
     model.save_pretrained(str(tmp_path))
@@ -153,18 +234,18 @@ def test_a_path_that_is_not_there(tmp_path):
         PolyEncoder(num_codes=3)
 
 
-def test_missing_weights_are_never_made_up(saved_poly_encoder, tmp_path):
+def test_missing_weights_are_never_made_up(saved_codes_encoder, tmp_path):
     from safetensors.torch import load_file, save_file
 
-    for file in saved_poly_encoder.iterdir():
+    for file in saved_codes_encoder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     weights = load_file(tmp_path / "model.safetensors")
     del weights["codes"]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(OSError, match="do not hold codes"):
         PolyEncoder(str(tmp_path), device="cpu")
-    config = json.loads((saved_poly_encoder / "config.json").read_text())
-    (tmp_path / "model.safetensors").write_bytes((saved_poly_encoder / "model.safetensors").read_bytes())
+    config = json.loads((saved_codes_encoder / "config.json").read_text())
+    (tmp_path / "model.safetensors").write_bytes((saved_codes_encoder / "model.safetensors").read_bytes())
     (tmp_path / "config.json").write_text(json.dumps({**config, "num_codes": 7}))
     with pytest.raises(OSError, match=r"codes \(there \(4, 32\), expected \(7, 32\)\)"):
         PolyEncoder(str(tmp_path), device="cpu")
@@ -189,7 +270,11 @@ def test_the_card_s_snippet_runs_as_printed(saved_poly_encoder, capsys):
     assert printed == promised
 
 
-def test_a_warning_that_new_codes_need_training(checkpoints):
+@pytest.mark.parametrize(
+    ("options", "warned"),
+    [({}, False), ({"context_vectors": "learnt_codes"}, True), ({"context_vectors": "turns_and_codes"}, True)],
+)
+def test_a_warning_that_new_codes_need_training(checkpoints, options, warned):
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_warning()
@@ -200,23 +285,23 @@ def test_a_warning_that_new_codes_need_training(checkpoints):
     upstream.addHandler(handler)
     try:
         transformers_logging.get_logger("x").warning_once.cache_clear()
-        PolyEncoder(checkpoints(), num_codes=2, device="cpu")
+        PolyEncoder(checkpoints(), num_codes=2, device="cpu", **options)
     finally:
         upstream.removeHandler(handler)
-    assert any("train it" in record for record in records)
+    assert any("train it" in record for record in records) == warned
 
 
 def test_copies_are_independent(poly_encoder):
     copy = deepcopy(poly_encoder)
     with torch.no_grad():
-        copy[0].model.codes.zero_()
-    assert poly_encoder[0].model.codes.abs().sum() > 0
+        next(copy.parameters()).zero_()
+    assert next(poly_encoder.parameters()).abs().sum() > 0
 
 
 def test_a_folder_of_transformers_alone_refuses_other_options_too(poly_encoder, tmp_path):
     poly_encoder[0].model.save_pretrained(tmp_path)
     poly_encoder.tokenizer.save_pretrained(tmp_path)
-    for options in ({"num_codes": 8}, {"share_encoders": True}, {"reduction": "first"}):
+    for options in ({"num_codes": 8}, {"reduction": "first"}):
         with pytest.raises(ValueError, match="would need training anew"):
             PolyEncoder(str(tmp_path), device="cpu", **options)
 

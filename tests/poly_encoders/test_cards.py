@@ -42,7 +42,7 @@ def saved(roomy, tmp_path_factory):
     def folder(kind):
         if kind not in folders:
             torch.manual_seed(0)
-            options = {"num_codes": 4, "config_kwargs": {"code_std": 1.0}} if kind == "poly" else {}
+            options = {"num_codes": 4} if kind == "poly" else {}
             model = KINDS[kind](roomy, device="cpu", **options)
             evaluate(model)
             folders[kind] = tmp_path_factory.mktemp("saved") / kind
@@ -180,8 +180,11 @@ def test_long_examples_are_clipped_and_come_last():
     ("kind", "options"),
     [
         ("poly", {"context_vectors": "last_m", "num_codes": 3, "max_turns": 1, "turn_separator": ' | "x" '}),
-        ("poly", {"share_encoders": True, "max_context_length": 30, "max_candidate_length": 20}),
+        ("poly", {"max_context_length": 30, "max_candidate_length": 20}),
         ("poly", {"prompts": {"query": "ask: ", "document": "say: "}}),
+        ("poly", {"context_vectors": "learnt_codes", "prompts": {"query": "ask: ", "document": "say: "}}),
+        ("poly", {"context_vectors": "turns_and_codes", "num_codes": 2, "turn_separator": "\n"}),
+        ("poly", {"turn_separator": " | "}),  # no single token
         ("bi", {"reduction": "first_m_mean", "num_codes": 3, "max_turns": 1}),
         ("bi", {"share_encoders": True, "max_context_length": 30, "turn_separator": "\\"}),
         ("bi", {"prompts": {"document": "say: "}}),
@@ -196,7 +199,8 @@ def test_blocks_run_and_print_what_they_show(roomy, tmp_path, kind, options):
     details = card.split("## Usage")[0]
     shown = {"max_context_length": "the last {} |", "max_turns": "| Turns kept | the last {} |"}
     shown |= {"context_vectors": "of the kind `{}` |"}
-    shown["num_codes"] = "| Context vectors (m) | {}," if kind == "poly" else ", m = {} |"
+    if options.get("context_vectors") != "turns_and_codes":
+        shown["num_codes"] = "| Context vectors (m) | {}," if kind == "poly" else ", m = {} |"
     for name in options.keys() & shown.keys():
         assert shown[name].format(options[name]) in details
     # One tokenizer for both sides of a Bi-encoder cuts both on the left; the card says so in both of its places.
@@ -206,6 +210,59 @@ def test_blocks_run_and_print_what_they_show(roomy, tmp_path, kind, options):
     if kind == "bi":
         plain = "prompts" in options
         assert ("texts are read as candidates, but without their prompt\n" in card) == plain
+
+
+@pytest.mark.parametrize(
+    ("options", "warned", "details"),
+    [
+        (
+            {},
+            False,
+            ["one for each of its last 32 turns", "| cosines", "| 0.025 |", "each vector | 0.5 |", "at most 64;"],
+        ),
+        ({"last_turn_share": 0.0, "normalize": False}, False, ["| dot products |", "final attention | 1 |"]),
+        ({"context_vectors": "learnt_codes"}, True, ["one for each of 64 learnt codes", "| dot products |"]),
+        (
+            {"context_vectors": "turns_and_codes", "num_codes": 8},
+            True,
+            ["last 8 turns and one for each of 8 learnt codes"],
+        ),
+        ({"context_vectors": "last_m"}, True, ["64 of the encoder's outputs", "that it takes as context vectors"]),
+    ],
+)
+def test_what_a_poly_encoder_is_made_of(roomy, tmp_path, options, warned, details):
+    PolyEncoder(roomy, device="cpu", **options).save_pretrained(str(tmp_path / "model"))
+    card = text_of(tmp_path / "model")
+    for detail in details:
+        assert detail in card
+    assert ("## Not trained yet" in card) == warned
+    assert ("encode_query([conversation]), existing_vectors)" in card) != warned
+    assert ("The last turn's share" in card) == ("| 0.5 |" in card)
+    PolyEncoder(str(tmp_path / "model"), device="cpu").save_pretrained(str(tmp_path / "again"))
+    assert text_of(tmp_path / "again") == card
+
+
+def test_a_temperature_that_was_learnt(roomy, tmp_path):
+    learnt = {"learn_final_temperature": True, "learn_last_turn_share": True}
+    model = PolyEncoder(roomy, device="cpu", config_kwargs=learnt)
+    with torch.no_grad():
+        model[0].model.log_temperature.fill_(-3.0)
+        model[0].model.last_turn_logit.fill_(-1.0)
+    model.save_pretrained(str(tmp_path))
+    assert "| Temperature of the final attention | 0.0498, learnt |" in text_of(tmp_path)
+    assert "| The last turn's share in each vector | 0.269, learnt |" in text_of(tmp_path)
+
+
+def test_an_index_that_stayed(roomy, tmp_path):
+    """Also when the model is loaded and saved again."""
+    model = PolyEncoder(roomy, device="cpu", share_encoders=False)
+    model.model_card_data.add_tags("generated_from_trainer")
+    model.model_card_data.non_default_hyperparameters = {"freeze_candidate_encoder": True}
+    model.save_pretrained(str(tmp_path / "model"))
+    assert "Contexts alone were trained" in section_of(text_of(tmp_path / "model"), "Its index")
+    PolyEncoder(str(tmp_path / "model"), device="cpu").save_pretrained(str(tmp_path / "again"))
+    for heading in ("Its index", "Training"):
+        assert section_of(text_of(tmp_path / "again"), heading) == section_of(text_of(tmp_path / "model"), heading)
 
 
 @pytest.mark.parametrize("case", ["poly_codes8", "bi_mean", "cross_first"])
@@ -248,7 +305,7 @@ def test_a_loaded_model_keeps_what_is_still_true(saved, kind, tmp_path):
     before, after = metadata_of(card), metadata_of(text_of(tmp_path / "again"))
     assert sorted(after.pop("tags")) == sorted(before.pop("tags"))
     assert after == before
-    for heading in ("Training", "Evaluation", "Not trained yet", "Usage"):
+    for heading in ("Training", "Evaluation", "As the encoder comes", "Usage"):
         assert section_of(text_of(tmp_path / "again"), heading) == section_of(card, heading)
     assert (tmp_path / "again" / "evaluation.png").read_bytes() == b"a picture"
     # Settings that have changed are in it, and a license that the program sets.
@@ -266,7 +323,7 @@ def test_a_loaded_model_keeps_what_is_still_true(saved, kind, tmp_path):
     assert not {"widget", "model-index", "metrics"} & trained.keys()
     assert "loss:Old" not in trained["tags"]
     assert snippet_id(text_of(tmp_path / "trained")) is None
-    for gone in ("evaluation.png", "## Evaluation", "## Not trained yet"):
+    for gone in ("evaluation.png", "## Evaluation", "## As the encoder comes"):
         assert gone not in text_of(tmp_path / "trained")
 
 
@@ -276,7 +333,8 @@ def test_saving_twice_gives_the_same_card(saved, kind, tmp_path):
     for _ in range(2):
         model.save_pretrained(str(tmp_path))
         assert text_of(tmp_path) == text_of(saved(kind))
-    assert ("## Not trained yet" in text_of(tmp_path)) == (kind == "poly")
+    assert ("## As the encoder comes" in text_of(tmp_path)) == (kind == "poly")
+    assert "## Not trained yet" not in text_of(tmp_path)
 
 
 @pytest.mark.parametrize("edit", ["license: mit\ntags:", "tags:\n# a comment\n", None])

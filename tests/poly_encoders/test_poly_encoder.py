@@ -42,17 +42,20 @@ def test_containers_order_and_batch_size_change_nothing(poly_encoder, form):
         np.testing.assert_allclose(encode(form(texts[::-1]), batch_size=2)[::-1], whole, atol=1e-5)
 
 
-def test_the_sides_differ(poly_encoder):
-    contexts, candidates = poly_encoder.encode_query(["yes"]), poly_encoder.encode_document(["yes"])
-    tiny.shift(poly_encoder[0].model.candidate_encoder)
-    assert not np.allclose(poly_encoder.encode_document(["yes"]), candidates)
-    np.testing.assert_array_equal(poly_encoder.encode_query(["yes"]), contexts)
+def test_the_sides_differ(codes_encoder):
+    contexts, candidates = codes_encoder.encode_query(["yes"]), codes_encoder.encode_document(["yes"])
+    tiny.shift(codes_encoder[0].model.candidate_encoder)
+    assert not np.allclose(codes_encoder.encode_document(["yes"]), candidates)
+    np.testing.assert_array_equal(codes_encoder.encode_query(["yes"]), contexts)
 
 
-def test_normalising_and_truncating_are_per_vector(poly_encoder):
-    for encode, texts in ((poly_encoder.encode_query, CONTEXTS), (poly_encoder.encode_document, CANDIDATES)):
+@pytest.mark.parametrize("kind", ["poly_encoder", "codes_encoder"])
+def test_normalising_and_truncating_are_per_vector(kind, request):
+    model = request.getfixturevalue(kind)
+    for encode, texts in ((model.encode_query, CONTEXTS), (model.encode_document, CANDIDATES)):
         plain, unit = encode(texts), encode(texts, normalize_embeddings=True)
-        np.testing.assert_allclose(unit, plain / np.linalg.norm(plain, axis=-1, keepdims=True), atol=1e-5)
+        lengths = np.linalg.norm(plain, axis=-1, keepdims=True)
+        np.testing.assert_allclose(unit, plain / np.where(lengths == 0, 1, lengths), atol=1e-5)
         np.testing.assert_array_equal(encode(texts, truncate_dim=8), plain[..., :8])
 
 
@@ -77,23 +80,24 @@ def test_a_text_without_tokens_is_named(poly_encoder, checkpoints):
         PolyEncoder(checkpoints("qwen3"), num_codes=2, device="cpu").encode_query(["fine", ""])
 
 
-def test_prompts_are_saved_and_go_before_their_side(poly_encoder, tmp_path):
-    poly_encoder.prompts = {"query": "ask: ", "document": "say: "}
-    poly_encoder.save_pretrained(str(tmp_path))
+def test_prompts_are_saved_and_go_before_their_side(codes_encoder, tmp_path):
+    codes_encoder.prompts = {"query": "ask: ", "document": "say: "}
+    codes_encoder.save_pretrained(str(tmp_path))
     again = PolyEncoder(str(tmp_path), device="cpu")
-    assert again.prompts == poly_encoder.prompts
-    poly_encoder.prompts = {"query": "", "document": ""}
-    np.testing.assert_array_equal(poly_encoder.encode_query(["ask: hello"]), again.encode_query(["hello"]))
-    np.testing.assert_array_equal(poly_encoder.encode_document(["hi"], prompt="say: "), again.encode_document(["hi"]))
+    assert again.prompts == codes_encoder.prompts
+    codes_encoder.prompts = {"query": "", "document": ""}
+    np.testing.assert_array_equal(codes_encoder.encode_query(["ask: hello"]), again.encode_query(["hello"]))
+    np.testing.assert_array_equal(codes_encoder.encode_document(["hi"], prompt="say: "), again.encode_document(["hi"]))
 
 
 def test_another_process(poly_encoder):
     pool = poly_encoder.start_multi_process_pool(["cpu"])
     try:
-        contexts = poly_encoder.encode_query(CONTEXTS * 3, pool=pool, chunk_size=2)
+        found = poly_encoder.encode_query([*CONTEXTS, ["a\nb", "c"]] * 3, pool=pool, chunk_size=2)
     finally:
         poly_encoder.stop_multi_process_pool(pool)
-    np.testing.assert_allclose(contexts, poly_encoder.encode_query(CONTEXTS * 3), atol=1e-5)
+    np.testing.assert_allclose(found, poly_encoder.encode_query([*CONTEXTS, ["a\nb", "c"]] * 3), atol=1e-5)
+    assert (found[3] != 0).any(axis=-1).sum() == 2
 
 
 @pytest.mark.parametrize("call", [lambda m: m.encode("x"), lambda m: m.encode(["x"]), lambda m: m.preprocess(["x"])])
@@ -110,21 +114,22 @@ def test_bad_texts(poly_encoder, bad):
 
 
 @pytest.mark.parametrize("options", [{}, {"precision": "binary"}, {"output_value": "token_embeddings"}])
-def test_nan_is_an_error_in_every_form(poly_encoder, options):
+def test_nan_is_an_error_in_every_form(poly_encoder, codes_encoder, options):
     with torch.no_grad():
         poly_encoder[0].model.candidate_encoder.embeddings.LayerNorm.weight.fill_(float("nan"))
-        poly_encoder[0].model.codes[0, 0] = float("nan")
+        codes_encoder[0].model.codes[0, 0] = float("nan")
     with pytest.raises(ValueError, match="NaN"):
         poly_encoder.encode_document(["a", "b"], **options)
-    with pytest.raises(ValueError, match="NaN"):
-        poly_encoder.encode_query(["hi"])
+    for model in (poly_encoder, codes_encoder):
+        with pytest.raises(ValueError, match="NaN"):
+            model.encode_query(["hi"])
 
 
 # --- scoring --------------------------------------------------------------------------------------------------------
 
 
 def test_similarity_is_the_engine_s_so_that_training_keeps_no_dots(poly_encoder):
-    contexts, candidates = torch.randn(3, 4, tiny.WIDTH, requires_grad=True), torch.randn(3, tiny.WIDTH)
+    contexts, candidates = torch.randn(3, 4, tiny.WIDTH, requires_grad=True), torch.eye(3, tiny.WIDTH)
     for similarity in (poly_encoder.similarity, poly_encoder.similarity_pairwise):
         kinds, nodes = set(), [similarity(contexts, candidates).grad_fn]
         while nodes:
@@ -135,25 +140,35 @@ def test_similarity_is_the_engine_s_so_that_training_keeps_no_dots(poly_encoder)
         assert not any("Softmax" in kind for kind in kinds), kinds
 
 
-def test_similarity_is_the_model_s_score(poly_encoder):
-    contexts, candidates = poly_encoder.encode_query(CONTEXTS), poly_encoder.encode_document(CANDIDATES)
-    expected = poly_score(torch.tensor(contexts), torch.tensor(candidates))
-    torch.testing.assert_close(poly_encoder.similarity(contexts, candidates), expected)
-    torch.testing.assert_close(poly_encoder.similarity(list(contexts), list(candidates)), expected)
-    torch.testing.assert_close(poly_encoder.similarity(contexts[0], candidates), expected[:1])
-    torch.testing.assert_close(poly_encoder.similarity(contexts, candidates[0]), expected[:, :1])
-    torch.testing.assert_close(poly_encoder.similarity_pairwise(contexts, candidates[:3]), expected.diagonal()[:3])
-    torch.testing.assert_close(poly_encoder.similarity_pairwise(contexts[0], candidates[0]), expected[0, :1])
-    assert poly_encoder.similarity(contexts, []).shape == (3, 0)
+@pytest.mark.parametrize(("kind", "temperature"), [("poly_encoder", 0.025), ("codes_encoder", 1.0)])
+def test_similarity_is_the_model_s_score(kind, temperature, request):
+    model = request.getfixturevalue(kind)
+    contexts, candidates = model.encode_query(CONTEXTS), model.encode_document(CANDIDATES)
+    expected = poly_score(torch.tensor(contexts), torch.tensor(candidates), 1 / temperature)
+    torch.testing.assert_close(model.similarity(contexts, candidates), expected)
+    torch.testing.assert_close(model.similarity(list(contexts), list(candidates)), expected)
+    torch.testing.assert_close(model.similarity(contexts[0], candidates), expected[:1])
+    torch.testing.assert_close(model.similarity(contexts, candidates[0]), expected[:, :1])
+    torch.testing.assert_close(model.similarity_pairwise(contexts, candidates[:3]), expected.diagonal()[:3])
+    torch.testing.assert_close(model.similarity_pairwise(contexts[0], candidates[0]), expected[0, :1])
+    assert model.similarity(contexts, []).shape == (3, 0)
 
 
-def test_sqrt_attention_reaches_similarity(checkpoints):
-    options = {"final_attention": "sqrt", "code_std": 1.0}
+@pytest.mark.parametrize(
+    ("options", "scale"),
+    [
+        ({"context_vectors": "learnt_codes", "final_attention": "sqrt", "code_std": 1.0}, tiny.WIDTH**-0.5),
+        ({"context_vectors": "learnt_codes", "final_temperature": 0.5, "code_std": 1.0}, 2.0),
+        ({"final_attention": "sqrt", "final_temperature": 0.5}, 2 * tiny.WIDTH**-0.5),
+        ({"learn_final_temperature": True}, 40.0),
+    ],
+)
+def test_attention_and_temperature_reach_similarity(checkpoints, options, scale):
     model = PolyEncoder(checkpoints(), num_codes=4, device="cpu", config_kwargs=options)
     contexts = model.encode_query(CONTEXTS, convert_to_tensor=True)
     candidates = model.encode_document(CANDIDATES, convert_to_tensor=True)
-    scores = poly_score(contexts, candidates, tiny.WIDTH**-0.5)
-    torch.testing.assert_close(model.similarity(contexts, candidates), scores)
+    assert isinstance(model.final_scale, float)
+    torch.testing.assert_close(model.similarity(contexts, candidates), poly_score(contexts, candidates, scale))
 
 
 def test_what_makes_no_scores(poly_encoder):
@@ -165,6 +180,23 @@ def test_what_makes_no_scores(poly_encoder):
     with pytest.raises(ValueError, match="not by 'cosine'"):
         poly_encoder.similarity_fn_name = "cosine"
     assert poly_encoder.similarity_fn_name == "poly"
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_candidate_vectors_of_another_length_or_width(poly_encoder, codes_encoder, dtype):
+    """Vectors of an index that somebody has, taken for what they are not, would give other scores in silence."""
+    contexts, index = poly_encoder.encode_query(CONTEXTS), poly_encoder.encode_document(CANDIDATES).astype(dtype)
+    expected = poly_encoder.similarity(contexts, index.astype(np.float32))
+    torch.testing.assert_close(poly_encoder.similarity(contexts, index), expected)
+    for wrong in (2 * index, index * [[1], [1], [1], [1.1]], 0 * index, 2 * index[0]):
+        with pytest.raises(ValueError, match=r"of lengths from .* Scale each to length 1"):
+            poly_encoder.similarity(contexts, wrong.astype(dtype))
+    with pytest.raises(ValueError, match="Scale each to length 1"):
+        poly_encoder.similarity_pairwise(contexts, 2 * index[:3])
+    assert codes_encoder.similarity(contexts, 2 * index).shape == (3, 4)
+    for model in (poly_encoder, codes_encoder):
+        with pytest.raises(ValueError, match="32 wide, candidate vectors 16; they must match"):
+            model.similarity(contexts, np.eye(4, 16, dtype=dtype))
 
 
 def test_information_retrieval_evaluator(poly_encoder):

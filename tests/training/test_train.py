@@ -75,11 +75,15 @@ def test_a_run_of_each(config, tmp_path, architecture, model_class, changes):
 
 TWO_PROCESSES = """
 import sys
+from torch import distributed
 from poly_encoders.training import pretrain, train
 from poly_encoders.training.runs.resuming import end_processes, train_to_end
 
 for config in sys.argv[1:-1]:
-    train.run(train.parse_options(["--config", config]))
+    trainer, states = train.run(train.parse_options(["--config", config])), [None, None]
+    learnt = {**trainer.loss.own_state(), **trainer.model.state_dict()}
+    distributed.all_gather_object(states, {name: value.double().sum().item() for name, value in learnt.items()})
+    assert states[0] == states[1]
 train_to_end(pretrain.build_trainer(pretrain.parse_options(["--config", sys.argv[-1]])))
 end_processes()
 """
@@ -88,21 +92,24 @@ end_processes()
 def test_two_processes(config, options, tmp_path):
     """Distributed training refuses uneven sides and parameters without a gradient, as pre-training's heads in turn."""
     common = {"ddp_backend": "gloo", "save_strategy": "steps", "save_steps": 1, "logging_steps": 1}
-    folders = [tmp_path / name for name in ("plain", "gathered", "pretrained")]
+    learnt = {**common, "learn_logit_scale": True, "learn_final_temperature": True, "share_encoders": False}
+    frozen = {**common, "learn_logit_scale": True, "freeze_candidate_encoder": True, "num_index_negatives": 3}
+    folders = [tmp_path / name for name in ("plain", "gathered", "frozen", "pretrained")]
     configs = [
         config("plain.yaml", output_dir=str(folders[0]), architecture="bi-encoder", **common),
-        config("all.yaml", output_dir=str(folders[1]), gather_across_devices=True, mini_batch_size=2, **common),
+        config("all.yaml", output_dir=str(folders[1]), gather_across_devices=True, mini_batch_size=2, **learnt),
+        config("frozen.yaml", output_dir=str(folders[2]), gather_across_devices=True, **frozen),
     ]
     known = {name: value for name, value in options(**common).items() if not name.startswith("eval_")}
-    (tmp_path / "pre.yaml").write_text(yaml.safe_dump({**known, "output_dir": str(folders[2])}))
+    (tmp_path / "pre.yaml").write_text(yaml.safe_dump({**known, "output_dir": str(folders[3])}))
     forks.run(["-c", TWO_PROCESSES, *configs, tmp_path / "pre.yaml"], ranks=2)
-    for folder, kind in zip(folders, (BiEncoder, PolyEncoder, PolyEncoder), strict=True):
+    for folder, kind in zip(folders, (BiEncoder, *[PolyEncoder] * 3), strict=True):
         assert len(kind(str(folder), device="cpu").rank("a", ["b"])) == 1
         random_states = {file.name for file in (folder / "checkpoint-1").glob("rng_state*")}
         assert random_states == {"rng_state_0.pth", "rng_state_1.pth"}
-    history = json.loads((folders[2] / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
+    history = json.loads((folders[3] / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
     assert [{"mlm_loss", "nup_loss"} & entry.keys() for entry in history] == [{"mlm_loss"}, {"nup_loss"}]
-    assert CrossEncoder(str(folders[2] / "cross-encoder"), device="cpu").rank("a", ["b"])
+    assert CrossEncoder(str(folders[3] / "cross-encoder"), device="cpu").rank("a", ["b"])
 
 
 @pytest.mark.slow
@@ -220,4 +227,37 @@ def test_the_paper_s_settings(architecture, task, expected, checkpoints):
     assert (training.evaluations_per_epoch, training.freeze_word_embeddings) == (2, True)
     if architecture == "poly":
         model.max_context_length = model.max_candidate_length = 40  # as much as the tiny encoder reads
-        assert (build_model(model)[0].config.reduction, training.code_learning_rate_factor) == ("mean", 1.0)
+        built = build_model(model)[0].config
+        assert (built.reduction, training.code_learning_rate_factor) == ("mean", 1.0)
+        assert (built.context_vectors, built.num_codes, built.share_encoders) == ("learnt_codes", 64, False)
+        assert (built.normalize, built.final_temperature, training.logit_scale) == (False, 1.0, 1.0)
+    if architecture == "bi":
+        model.max_context_length = model.max_candidate_length = 40
+        built = build_model(model)
+        assert (built.similarity_fn_name, built.share_encoders, training.logit_scale) == ("dot", False, 1.0)
+
+
+def test_model_options(checkpoints, sentence_transformer_folder):
+    """Those that are given reach the model; the others are its own defaults."""
+
+    def built(folder=None, **changes):
+        return build_model(make_options({"model_name_or_path": folder or checkpoints(), **changes}).model)
+
+    config, default = built()[0].config, PolyEncoder(checkpoints(), device="cpu")[0].config
+    assert config.to_dict() == default.to_dict()
+    assert (config.context_vectors, config.normalize, config.share_encoders) == ("turns", True, True)
+    given = {"context_vectors": "turns_and_codes", "num_codes": 3, "normalize": False, "final_temperature": 0.5}
+    given |= {"learn_final_temperature": True, "last_turn_share": 0.25, "learn_last_turn_share": True}
+    given |= {"max_turn_length": 7, "share_encoders": False, "reduction": "first"}
+    config = built(**given)[0].config
+    assert {name: getattr(config, name) for name in given} == given
+    for similarity, expected in ((None, "cosine"), ("cosine", "cosine"), ("dot", "dot")):
+        model = built(sentence_transformer_folder, architecture="bi-encoder", similarity=similarity)
+        assert (model.similarity_fn_name, model.scores_are_cosines) == (expected, expected == "cosine")
+
+
+def test_two_encoders_are_built_where_one_side_stays(options):
+    trainer = build_trainer(make_options(options(freeze_candidate_encoder=True)))
+    assert not trainer.model[0].config.share_encoders
+    with pytest.raises(ValueError, match="share_encoders=False"):
+        build_trainer(make_options(options(freeze_candidate_encoder=True, share_encoders=True)))

@@ -2,7 +2,7 @@
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,8 @@ import torch
 from sentence_transformers.cross_encoder.data_collator import CrossEncoderDataCollator
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 
-from poly_encoders.training.data.checks import cells, text_columns
+from poly_encoders.modeling.text_poly_encoder import context_text
+from poly_encoders.training.data.checks import NO_TEXTS, cells, text_columns
 
 TRIES = 20  # to draw a text that is not the positive again; a data set of one text has none
 
@@ -21,6 +22,43 @@ class ContextFirstCollator(SentenceTransformerDataCollator):
 
     def _get_task_for_column(self, column_name: str, column_position: int, router_mapping: dict[str, str]) -> str:
         return router_mapping.get(column_name) or ("query" if column_position == 0 else "document")
+
+
+@dataclass
+class FrozenCandidatesCollator(ContextFirstCollator):
+    """Tokenizes the contexts alone: a candidate is a row of the index of vectors that were computed before.
+
+    Args:
+        rows: The row of each candidate's text.
+        positives: By `context_key`, the rows of the positives of every context that has several.
+
+    Returns, when called with rows:
+        Features of the contexts; `candidate_rows`, `(batch, 1 + n)` int64, the positive first; `known_positives`,
+        `(batch, k)` int64, rows of the positives of each context, in any number; `label` where there are scores.
+    """
+
+    rows: Mapping[str, int] = field(default_factory=dict, repr=False)
+    positives: Mapping[bytes, tuple[int, ...]] = field(default_factory=dict, repr=False)
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+        context, *columns = [name for name in features[0] if name not in NO_TEXTS]
+        batch = super().__call__([{name: row[name] for name in row if name not in columns} for row in features])
+        try:
+            rows = [[self.rows[row[name]] for name in columns] for row in features]
+        except KeyError as error:
+            raise ValueError(
+                f"The candidate {error.args[0]!r:.80} has no vector: those of the training and the evaluation data "
+                "that the trainer was built with have one. Give it all data that it is to evaluate on."
+            ) from error
+        known = [self.positives.get(context_key(row[context]), ()) for row in features]
+        width = max(1, *map(len, known))
+        known = [(*some, *own[:1] * (width - len(some))) for some, own in zip(known, rows, strict=True)]
+        return {**batch, "candidate_rows": torch.tensor(rows), "known_positives": torch.tensor(known)}
+
+
+def context_key(context: Any) -> bytes:
+    """A short name of a context of any form."""
+    return hashlib.blake2b(context_text(context).encode(), digest_size=8).digest()
 
 
 @dataclass

@@ -139,7 +139,7 @@ class _Miner:
         self.state = process_state()
         self.encoding = {"batch_size": batch_size, "convert_to_tensor": True, "show_progress_bar": False}
         self.show_progress_bar = show_progress_bar and self.state.is_main_process
-        self.scale = model.final_scale if isinstance(model, PolyEncoder) else 1.0
+        self.scale = float(model.final_scale) if isinstance(model, PolyEncoder) else 1.0
         self.is_cosine = isinstance(model, BiEncoder) and model.similarity_fn_name == "cosine"
         self.index = {text: position for position, text in enumerate(pool)}
         self.candidates = prepare(self._encoded_pool())

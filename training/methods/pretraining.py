@@ -35,9 +35,9 @@ from poly_encoders.saving import replace_file, staged_folder
 from poly_encoders.training.data.checks import cells, checked_examples, text_columns
 from poly_encoders.training.runs.arguments import RunArguments, option
 from poly_encoders.training.runs.callbacks import StopOnSignal, TrainingProgress
+from poly_encoders.training.runs.preparing import freeze_word_embeddings, set_dropout
 from poly_encoders.training.runs.pretrained_cards import write_card
 from poly_encoders.training.runs.resuming import RunTrainer
-from poly_encoders.training.runs.trainers import freeze_word_embeddings, set_dropout
 
 CROSS_ENCODER_FOLDER = "cross-encoder"  # where a pre-trained folder keeps its Cross-encoder
 _MEASURES = ("mlm_loss", "nup_loss", "nup_accuracy")

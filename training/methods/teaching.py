@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from poly_encoders import CrossEncoder
 from poly_encoders.training.data.checks import SCORES, checked_examples, settled
 from poly_encoders.training.data.collators import draw_candidates
+from poly_encoders.training.methods.losses import default_logit_scale
 from poly_encoders.training.methods.mining import process_state
 
 ROWS_AT_ONCE = 256
@@ -30,7 +31,8 @@ def add_teacher_scores(
 
     Returns:
         In every process: the data with a column `negative_...` for each of those drawn and `scores`, `(1 + n)` floats a
-        row in the order of the candidate columns, which a trainer with `distillation` takes.
+        row in the order of the candidate columns, which a trainer with `distillation` takes. They are logits: cosines
+        come times 20, as the losses have them.
 
     Raises:
         ValueError: no negative in a row, `scores` there already, or data that cannot be read.
@@ -45,6 +47,7 @@ def add_teacher_scores(
     pool, state = list(data[positive_column]), process_state()
     rows = range(state.process_index, len(data), state.num_processes)
     found: list[tuple[int, list[str], list[float]]] = []
+    scale = default_logit_scale(teacher)
     with tqdm(total=len(rows), desc="Teacher", disable=not (show_progress_bar and state.is_main_process)) as bar:
         for first in range(0, len(rows), ROWS_AT_ONCE):
             numbers = rows[first : first + ROWS_AT_ONCE]
@@ -54,7 +57,7 @@ def add_teacher_scores(
                 [*(row[name] for name in (positive_column, *own)), *more] for row, more in zip(few, new, strict=True)
             ]
             scores = score_rows(teacher, [row[context_column] for row in few], texts, batch_size)
-            found += zip(numbers, new, scores.tolist(), strict=True)
+            found += zip(numbers, new, (scale * scores).tolist(), strict=True)
             bar.update(len(few))
     found = sorted(gather_object(found))
     free = (name for name in map("negative_{}".format, itertools.count(1)) if name not in own)

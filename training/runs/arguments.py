@@ -11,8 +11,9 @@ from sentence_transformers import SentenceTransformerTrainingArguments
 from sentence_transformers.cross_encoder import CrossEncoderTrainingArguments as UpstreamCrossEncoderTrainingArguments
 
 from poly_encoders.hardware import has_fast_bf16
+from poly_encoders.poly_encoder import ContextVectors
 from poly_encoders.training.data.sources import DataSource
-from poly_encoders.training.methods.losses import Distillation
+from poly_encoders.training.methods.losses import Distillation, check_scales
 
 logger = logging.getLogger(__name__)
 
@@ -48,14 +49,26 @@ class ModelArguments(StartArguments):
     """What to train."""
 
     architecture: Architecture = option("poly-encoder", "Which of the paper's three encoders.")
-    share_encoders: bool = option(False, "One encoder for both sides (poly, bi).")
+    share_encoders: bool | None = option(None, "One encoder for both sides; as the model has it when left out.")
     reduction: Literal["first", "mean", "first_m_mean"] | None = option(
         None, "Outputs to one vector (bi; poly, candidates)."
     )
-    num_codes: int = option(64, "m, the number of context vectors (poly).")
-    context_vectors: Literal["learnt_codes", "first_m", "last_m", "first_and_last_m"] = option(
-        "learnt_codes", "Kind of context vectors (poly)."
-    )
+    similarity: Literal["cosine", "dot"] | None = option(None, "How two vectors make a score (bi).")
+    num_codes: int | None = option(None, "m, the number of context vectors (poly); of outputs (first_m_mean).")
+    context_vectors: ContextVectors | None = option(None, "Kind of context vectors (poly); one a turn when left out.")
+    normalize: bool | None = option(None, "Vectors of length 1, so that scores are cosines (poly).")
+    final_temperature: float | None = option(None, "Of the attention over the context vectors (poly).")
+    learn_final_temperature: bool | None = option(None, "Train it (poly).")
+    last_turn_share: float | None = option(None, "How much of the last turn is in each turn's vector (poly).")
+    learn_last_turn_share: bool | None = option(None, "Train it (poly).")
+    max_turn_length: int | None = option(None, "Tokens of a turn that make one vector; a longer one is split (poly).")
+
+    def poly_options(self) -> dict[str, Any]:
+        """What a Poly-encoder takes beyond what others do, where it is given."""
+        names = ("num_codes", "context_vectors", "normalize", "final_temperature", "last_turn_share")
+        fields = ("learn_final_temperature", "learn_last_turn_share", "max_turn_length")
+        config = {name: getattr(self, name) for name in fields if getattr(self, name) is not None}
+        return {**{name: getattr(self, name) for name in names}, "config_kwargs": config}
 
 
 @dataclass
@@ -197,8 +210,21 @@ class InBatchArguments(PaperArguments):
     mini_batch_size: int | None = option(None, "Cache gradients, for the memory of a batch of this size.")
     gather_across_devices: bool = option(False, "Candidates of all processes are negatives, with gradients to each.")
     mask_duplicates: bool = option(True, "The positive's text, and others of its context, are no negatives.")
+    logit_scale: float | None = option(None, "Factor on scores in the loss; 20 for cosines, 1 for dots when left out.")
+    learn_logit_scale: bool = option(False, "Train it; it stays at or below 100.")
+    scalar_learning_rate_factor: float = option(
+        10.0, "The learning rate of what is learnt as one number (logit scale, temperature, share) over the rest's."
+    )
+    disagreement_weight: float = option(0.0, "Of the mean cosine between a context's vectors, in the loss (poly).")
+    freeze_candidate_encoder: bool = option(False, "Train contexts alone, against candidate vectors that stay.")
+    num_index_negatives: int = option(0, "Further ones of these that a batch is scored against; -1 for all.")
 
     def __post_init__(self) -> None:
+        check_scales(self.logit_scale, self.learn_logit_scale, self.disagreement_weight)
+        if self.num_index_negatives < -1:
+            raise ValueError(f"num_index_negatives is a number of rows, or -1 for all; got {self.num_index_negatives}.")
+        if self.num_index_negatives and not self.freeze_candidate_encoder:
+            raise ValueError("num_index_negatives are of vectors that stay: it needs freeze_candidate_encoder.")
         super().__post_init__()
         if self.gather_across_devices and self.world_size > 1:  # type: ignore[attr-defined]
             self.dataloader_drop_last = True  # what is gathered must be equally large everywhere

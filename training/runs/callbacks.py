@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import math
 import os
 import signal
 import time
@@ -11,11 +12,16 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import distributed
+from torch import distributed, nn
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback
+from transformers.trainer_utils import has_length
 
 from poly_encoders.saving import replace_file
+from poly_encoders.training.data.collators import PairCollator
+from poly_encoders.training.data.sampling import LengthSortedBatchSampler
+from poly_encoders.training.methods.frozen_candidates import FrozenCandidatesLoss
+from poly_encoders.training.methods.losses import InBatchNegativesLoss
 from poly_encoders.training.runs.schedules import WarmupReduceLROnPlateau
 
 logger = logging.getLogger(__name__)
@@ -23,6 +29,17 @@ logger = logging.getLogger(__name__)
 # Processes that train together must stop at one step, so they ask one another, but not at every step.
 STEPS_BETWEEN_QUESTIONS = 10
 CURVE = "evaluation"  # .json and .png
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss, or its gradient, became NaN or infinite. `path` is the file that has the batch."""
+
+    def __init__(self, step: int, loss: float | str, path: Path) -> None:
+        super().__init__(
+            f"The loss of step {step} is {loss}, so training stopped before that step. Its batch is in {path}. Look at "
+            "the texts; if they are fine, lower learning_rate or give --bf16 false, and --resume_from_checkpoint."
+        )
+        self.path = path
 
 
 class TrainingProgress(ProgressCallback):
@@ -108,6 +125,40 @@ class StopOnSignal(TrainerCallback):
         if self._before is not None:
             signal.signal(signal.SIGTERM, self._before)
             self._before = None
+
+
+class BatchWatch(TrainerCallback):
+    """Tells sampler and collator which epoch begins; stops a run whose gradients alone are NaN or infinite."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
+        trainer, epoch = self.trainer, int(state.epoch or 0)
+        trainer.batch_sampler = sampler = getattr(train_dataloader, "batch_sampler", None)
+        while sampler is not None and not isinstance(sampler, LengthSortedBatchSampler):
+            sampler = getattr(sampler, "batch_sampler", None)  # out of what distributed training wraps it in
+        trainer.length_sorted_sampler = sampler
+        if sampler is not None:
+            sampler.set_epoch(epoch)
+        for drawing in (trainer.data_collator, trainer.loss):
+            if isinstance(drawing, PairCollator | FrozenCandidatesLoss):
+                drawing.epoch = epoch
+        if has_length(train_dataloader):  # a resumed run is somewhere in the epoch
+            updates = max(1, math.ceil(len(train_dataloader) / args.gradient_accumulation_steps))
+            trainer.batches_seen = state.global_step % updates * args.gradient_accumulation_steps
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        trainer = self.trainer
+        if args.world_size > 1 and isinstance(trainer.loss, InBatchNegativesLoss):
+            for parameter in trainer.loss.scoring_parameters():  # which distributed training does not see
+                gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad = trainer.accelerator.reduce(gradient, "mean")
+        if trainer.accelerator.scaler is not None or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            return  # float16's scaler skips such steps by itself; shards have no gradients of their own to look at
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        if gradients and not bool(nn.utils.get_total_norm(gradients).isfinite()):
+            raise NonFiniteLossError(state.global_step + 1, "finite, but its gradients are not", trainer.write_batch())
 
 
 class WarmUp(TrainerCallback):

@@ -8,27 +8,36 @@ batch, the Cross-encoder against a sample of them (Humeau et al., arXiv:1905.019
 import copy
 import itertools
 import json
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, DatasetDict
+from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformerTrainer
 from sentence_transformers.base.sampler import BatchSamplers
 from sentence_transformers.cross_encoder import CrossEncoderTrainer as UpstreamCrossEncoderTrainer
 from torch import Tensor, nn
-from transformers import PreTrainedModel, ProgressCallback, TrainerCallback
-from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType, has_length
+from transformers import ProgressCallback
+from transformers.trainer_utils import SchedulerType
 
 from poly_encoders import BiEncoder, CrossEncoder, PolyEncoder
-from poly_encoders.modeling import PolyEncoderModel
 from poly_encoders.saving import replace_file
 from poly_encoders.training.data.checks import cells, checked_examples, text_columns
-from poly_encoders.training.data.collators import ContextFirstCollator, PairCollator, row_lengths
+from poly_encoders.training.data.collators import (
+    ContextFirstCollator,
+    FrozenCandidatesCollator,
+    PairCollator,
+    row_lengths,
+)
 from poly_encoders.training.data.sampling import LengthSortedBatchSampler
+from poly_encoders.training.methods.frozen_candidates import (
+    CandidateIndex,
+    FrozenCandidatesLoss,
+    freeze_candidate_encoder,
+    make_index,
+)
 from poly_encoders.training.methods.lora import add_lora, has_lora, load_trainable_state, merged_copy, trainable_state
 from poly_encoders.training.methods.losses import InBatchNegativesLoss, SampledNegativesLoss
 from poly_encoders.training.runs.arguments import (
@@ -36,25 +45,24 @@ from poly_encoders.training.runs.arguments import (
     CrossEncoderTrainingArguments,
     PolyEncoderTrainingArguments,
 )
-from poly_encoders.training.runs.callbacks import EvaluationCurve, StopOnSignal, TrainingProgress, WarmUp
+from poly_encoders.training.runs.callbacks import (
+    BatchWatch,
+    EvaluationCurve,
+    NonFiniteLossError,
+    StopOnSignal,
+    TrainingProgress,
+    WarmUp,
+)
+from poly_encoders.training.runs.preparing import freeze_word_embeddings, set_dropout, set_evaluation_steps
 from poly_encoders.training.runs.resuming import RunTrainer
 from poly_encoders.training.runs.run_cards import CardOfRun, with_card_of
 from poly_encoders.training.runs.schedules import WarmupReduceLROnPlateau
 from poly_encoders.training.runs.sharding import WholeModel, shard_by_layers
 
 TRAINABLE = "trainable.safetensors"  # what LoRA trains, beside the merged model
+OF_THE_LOSS = "loss.safetensors"  # what the loss has learnt by itself
+SCALARS = ("log_logit_scale", "log_temperature", "last_turn_logit")  # learnt as one number each
 CHARACTERS_PER_TOKEN = 6  # at least so many hardly ever: a text of more than that is cut for certain
-
-
-class NonFiniteLossError(RuntimeError):
-    """The loss, or its gradient, became NaN or infinite. `path` is the file that has the batch."""
-
-    def __init__(self, step: int, loss: float | str, path: Path) -> None:
-        super().__init__(
-            f"The loss of step {step} is {loss}, so training stopped before that step. Its batch is in {path}. Look at "
-            "the texts; if they are fine, lower learning_rate or give --bf16 false, and --resume_from_checkpoint."
-        )
-        self.path = path
 
 
 class PaperTrainer(RunTrainer):
@@ -86,7 +94,8 @@ class PaperTrainer(RunTrainer):
         args = self.training_args_class(output_dir="tmp_trainer") if args is None else args  # type: ignore[attr-defined]
         train_dataset = checked_examples(train_dataset, "the training data", keep_labels=loss is not None)
         eval_dataset = checked_examples(eval_dataset, "the evaluation data", keep_labels=loss is not None)
-        self._options, self._data = args, train_dataset  # upstream sets its own only after it asked for model and more
+        # Upstream sets its own only after it asked for model and more.
+        self._options, self._data, self._eval_data = args, train_dataset, eval_dataset
         self._defaults = {"loss": loss is None, "data_collator": kwargs.get("data_collator") is None}
         if model is not None:
             self.prepare_model(model, args)
@@ -96,13 +105,17 @@ class PaperTrainer(RunTrainer):
         self.length_sorted_sampler: LengthSortedBatchSampler | None = None
         self.batches_seen = 0  # of the present epoch
         self.signals = StopOnSignal()
-        ours = [_Watch(self), WarmUp(), EvaluationCurve(), self.signals]
+        ours = [BatchWatch(self), WarmUp(), EvaluationCurve(), self.signals]
         kwargs["callbacks"] = [*ours, *(kwargs.get("callbacks") or [])]
         super().__init__(model, args, train_dataset, eval_dataset, loss, evaluator, **kwargs)  # type: ignore[call-arg]
         self._whole: WholeModel | None = None
         if self.is_fsdp_enabled:  # type: ignore[attr-defined]
             if args.load_best_model_at_end:
                 raise ValueError("FSDP cannot load weights into shards: leave load_best_model_at_end out.")
+            if names := [
+                name for name in ("freeze_candidate_encoder", "learn_logit_scale") if getattr(args, name, False)
+            ]:
+                raise ValueError(f"FSDP shards what trains, which is not made for {' and '.join(names)}: leave it out.")
             shard_by_layers(self.accelerator.state.fsdp_plugin, self.model)
             self._whole = WholeModel(self.model) if args.should_save else None
         if self.pop_callback(ProgressCallback) is not None:  # type: ignore[attr-defined]  # notebooks have another
@@ -189,10 +202,9 @@ class PaperTrainer(RunTrainer):
         return path
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As upstream's, with the number of candidates that the loss masked, the mean of a batch."""
+        """As upstream's, with the figures that the loss keeps."""
         if "loss" in logs and isinstance(self.loss, InBatchNegativesLoss):
-            masked = self.loss.take_masked()
-            logs = logs if masked is None else {**logs, "masked_duplicates": round(masked, 3)}
+            logs = {**logs, **self.loss.take_figures()}
         super().log(logs, start_time)  # type: ignore[misc]
 
     # --- what stays ----------------------------------------------------------------------------------------------
@@ -209,11 +221,15 @@ class PaperTrainer(RunTrainer):
         else:
             merged_copy(model).save_pretrained(str(folder))
             save_file(trainable_state(model), str(folder / TRAINABLE))
+        if isinstance(self.loss, InBatchNegativesLoss) and (learnt := self.loss.own_state()):
+            save_file(learnt, str(folder / OF_THE_LOSS))
         replace_file(folder / "training_args.json", self.args.to_json_string())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self.is_fsdp_enabled:  # type: ignore[attr-defined]
             raise ValueError("FSDP runs cannot be resumed: give the checkpoint as a model, by --model_name_or_path.")
+        if isinstance(self.loss, InBatchNegativesLoss) and self.loss.own_state():
+            self.loss.load_own_state(load_file(str(Path(resume_from_checkpoint, OF_THE_LOSS))))
         model = getattr(self.model, "_orig_mod", self.model)  # out of what torch.compile makes of it
         if has_lora(model):
             load_trainable_state(model, load_file(str(Path(resume_from_checkpoint, TRAINABLE))))
@@ -230,76 +246,100 @@ class PaperTrainer(RunTrainer):
         self._load_from_checkpoint(best)
 
 
-class _Watch(TrainerCallback):
-    """Tells sampler and collator which epoch begins; stops a run whose gradients alone are NaN or infinite."""
-
-    def __init__(self, trainer: PaperTrainer) -> None:
-        self.trainer = trainer
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
-        trainer, epoch = self.trainer, int(state.epoch or 0)
-        trainer.batch_sampler = sampler = getattr(train_dataloader, "batch_sampler", None)
-        while sampler is not None and not isinstance(sampler, LengthSortedBatchSampler):
-            sampler = getattr(sampler, "batch_sampler", None)  # out of what distributed training wraps it in
-        trainer.length_sorted_sampler = sampler
-        if sampler is not None:
-            sampler.set_epoch(epoch)
-        if isinstance(trainer.data_collator, PairCollator):
-            trainer.data_collator.epoch = epoch
-        if has_length(train_dataloader):  # a resumed run is somewhere in the epoch
-            updates = max(1, math.ceil(len(train_dataloader) / args.gradient_accumulation_steps))
-            trainer.batches_seen = state.global_step % updates * args.gradient_accumulation_steps
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        trainer: Any = self.trainer
-        if trainer.accelerator.scaler is not None or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-            return  # float16's scaler skips such steps by itself; shards have no gradients of their own to look at
-        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        if gradients and not bool(nn.utils.get_total_norm(gradients).isfinite()):
-            raise NonFiniteLossError(state.global_step + 1, "finite, but its gradients are not", trainer.write_batch())
-
-
 class InBatchTrainer(PaperTrainer, SentenceTransformerTrainer):
-    """Trains two-sided encoders: every other candidate of the batch is a negative."""
+    """Trains two-sided encoders: every other candidate of the batch is a negative.
+
+    Args:
+        candidate_vectors: For `freeze_candidate_encoder`, vectors of the candidates that are not the model's own; see
+            `poly_encoders.training.methods.frozen_candidates.candidate_vectors`.
+        *args, **kwargs: As for `SentenceTransformerTrainer`.
+    """
 
     data_collator_class = ContextFirstCollator
 
+    def __init__(self, *args: Any, candidate_vectors: Any = None, **kwargs: Any) -> None:
+        self._given = candidate_vectors
+        self._index: tuple[Any, CandidateIndex] | None = None  # of a model
+        super().__init__(*args, **kwargs)
+
+    def prepare_model(self, model: Any, args: Any) -> None:
+        """As the others', and frozen on the candidates' side where the options say so."""
+        super().prepare_model(model, args)
+        if args.freeze_candidate_encoder:
+            if not all(self._defaults.values()):
+                raise ValueError("freeze_candidate_encoder has its own loss and data_collator: leave yours out.")
+            freeze_candidate_encoder(model)
+        elif self._given is not None:
+            raise ValueError("candidate_vectors are for training with freeze_candidate_encoder=True.")
+
+    def candidate_index(self, model: Any) -> CandidateIndex:
+        """The vectors that stay, those of all candidates of the data."""
+        if self._index is None or self._index[0] is not model:
+            self._index = (model, make_index(model, self._data, self._eval_data, self._options, self._given))
+        return self._index[1]
+
     def get_data_collator(self, model: Any, args: Any, processing_class: Any = None) -> ContextFirstCollator:
-        return self.data_collator_class(
-            preprocess_fn=model.preprocess, router_mapping=args.router_mapping, prompts=args.prompts
-        )
+        options = {"router_mapping": args.router_mapping, "prompts": args.prompts}
+        if not args.freeze_candidate_encoder:
+            return self.data_collator_class(model.preprocess, **options)
+        index = self.candidate_index(model)
+        return FrozenCandidatesCollator(model.preprocess, rows=index.rows, positives=index.positives, **options)
+
+    def collect_features(self, inputs: dict[str, Any]) -> tuple[Any, Tensor | None]:
+        """As upstream's; then the rows of candidates that stay."""
+        features, labels = super().collect_features(inputs)
+        rows = {name: inputs[name] for name in ("candidate_rows", "known_positives") if name in inputs}
+        return ([*features, rows] if rows else features), labels
 
     def get_default_loss(self, model: Any) -> nn.Module:
-        return InBatchNegativesLoss(
-            model,
-            gather_across_devices=self.args.gather_across_devices and self.args.world_size > 1,
-            mini_batch_size=self.args.mini_batch_size,
-            mask_duplicates=self.args.mask_duplicates,
-            distillation=self.args.make_distillation(),
-        )
+        args, names = self.args, ("mini_batch_size", "mask_duplicates", "logit_scale", "learn_logit_scale")
+        options: dict[str, Any] = {name: getattr(args, name) for name in (*names, "disagreement_weight")}
+        options["gather_across_devices"] = args.gather_across_devices and args.world_size > 1
+        options["distillation"] = args.make_distillation()
+        if not args.freeze_candidate_encoder:
+            return InBatchNegativesLoss(model, **options)
+        index = self.candidate_index(model)
+        options |= {"num_trained": index.num_trained, "seed": args.seed}
+        return FrozenCandidatesLoss(model, index.vectors, args.num_index_negatives, **options)
+
+    def rate_factors(self, args: Any) -> dict[str, float]:
+        """By the names of parameters, their learning rates over that of the rest."""
+        return dict.fromkeys(SCALARS, args.scalar_learning_rate_factor)
+
+    def get_optimizer_cls_and_kwargs(self, args: Any, model: Any = None) -> tuple[Any, Any]:
+        """As the other trainers', with learning rates of their own for some, unless the options give them one."""
+        rates, of_loss = args.learning_rate_mapping, self.loss if isinstance(self.loss, nn.Module) else nn.Module()
+        there = {name.rpartition(".")[2] for part in (self.model, of_loss) for name, _ in part.named_parameters()}
+        factors = {name: factor for name, factor in self.rate_factors(args).items() if name in there}
+        own = {rf"\b{name}$": args.learning_rate * factor for name, factor in factors.items()}
+        own = {pattern: own[pattern] for pattern in own if not any(pattern[2:-1] in given for given in rates)}
+        if own:
+            args = copy.copy(args)
+            args.learning_rate_mapping = {**rates, **own}
+        return super().get_optimizer_cls_and_kwargs(args, model)
+
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
+        """As upstream's; what is learnt as one number decays to no 0."""
+        names = super().get_decay_parameter_names(model)
+        return [name for name in names if name.rpartition(".")[2] not in SCALARS]
 
 
 class BiEncoderTrainer(InBatchTrainer):
-    """Trains a `BiEncoder`; parameters as for `SentenceTransformerTrainer`."""
+    """Trains a `BiEncoder`; parameters as for `SentenceTransformerTrainer`, and `candidate_vectors`."""
 
     model_class = BiEncoder
     training_args_class = BiEncoderTrainingArguments
 
 
 class PolyEncoderTrainer(InBatchTrainer):
-    """Trains a `PolyEncoder`; parameters as for `SentenceTransformerTrainer`. The codes learn faster than the rest."""
+    """Trains a `PolyEncoder`; parameters as for `BiEncoderTrainer`. The codes learn faster than the rest."""
 
     model_class = PolyEncoder
     training_args_class = PolyEncoderTrainingArguments
 
-    def get_optimizer_cls_and_kwargs(self, args: Any, model: Any = None) -> tuple[Any, Any]:
-        """As the other trainers', with a learning rate of the codes' own unless the options give them one."""
-        rates = args.learning_rate_mapping
-        has_codes = any(isinstance(part, PolyEncoderModel) and hasattr(part, "codes") for part in self.model.modules())
-        if has_codes and not any("codes" in pattern for pattern in rates):
-            args = copy.copy(args)
-            args.learning_rate_mapping = {**rates, r"\bcodes$": args.learning_rate * args.code_learning_rate_factor}
-        return super().get_optimizer_cls_and_kwargs(args, model)
+    def rate_factors(self, args: Any) -> dict[str, float]:
+        """As the Bi-encoder's, and that of the codes."""
+        return {"codes": args.code_learning_rate_factor, **super().rate_factors(args)}
 
 
 class CrossEncoderTrainer(PaperTrainer, UpstreamCrossEncoderTrainer):
@@ -338,34 +378,3 @@ class CrossEncoderTrainer(PaperTrainer, UpstreamCrossEncoderTrainer):
     def get_default_loss(self, model: Any) -> nn.Module:
         """Cross-entropy of the positive's raw score among its own and `num_negatives` in all."""
         return SampledNegativesLoss(model, distillation=self.args.make_distillation())
-
-
-def set_evaluation_steps(args: Any, data: Any) -> None:
-    """Turn `evaluations_per_epoch` into steps, for evaluating and for saving."""
-    if args.evaluations_per_epoch is None:
-        return
-    if not isinstance(data, Dataset | DatasetDict):
-        raise ValueError("evaluations_per_epoch needs a data set of known length; give eval_steps for a streamed one.")
-    rows = len(data) if isinstance(data, Dataset) else sum(data.num_rows.values())
-    batches = rows / (args.train_batch_size * args.world_size)
-    batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
-    steps = max(1, round(batches / args.gradient_accumulation_steps / args.evaluations_per_epoch))
-    args.eval_strategy, args.eval_steps = IntervalStrategy.STEPS, steps
-    if args.save_strategy in (SaveStrategy.STEPS, SaveStrategy.EPOCH):
-        args.save_strategy, args.save_steps = SaveStrategy.STEPS, steps
-
-
-def set_dropout(model: nn.Module, probability: float) -> None:
-    """Give every dropout module in `model` this probability; a ValueError where it is none."""
-    if not 0.0 <= probability < 1.0:
-        raise ValueError(f"dropout must be at least 0 and below 1, got {probability}.")
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = probability
-
-
-def freeze_word_embeddings(model: nn.Module) -> None:
-    """Take the word embeddings of every backbone in `model` out of training."""
-    for backbone in [module for module in model.modules() if isinstance(module, PreTrainedModel)]:
-        if (embeddings := backbone.get_input_embeddings()) is not None:
-            embeddings.requires_grad_(False)

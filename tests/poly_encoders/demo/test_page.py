@@ -36,28 +36,43 @@ def test_the_bars_are_the_ranking(poly_encoder):
     bars, why, ranked = Demo(poly_encoder).show_ranking("\n".join(TURNS), "a\nbc\n\n  d ", False)
     expected = poly_encoder.rank(TURNS, ["a", "bc", "d"], return_documents=True)
     assert re.findall(r'data-candidate="(\d)"', bars) == [str(entry["corpus_id"]) for entry in expected]
-    assert re.findall(r'raw score">([-\d.]+)<', bars) == [f"{entry['score']:.2f}" for entry in expected]
-    shares = re.findall(r'softmax of the scores">([\d.]+)%', bars)
+    assert re.findall(r'title="score">([-\d.]+)<', bars) == [f"{entry['score']:.2f}" for entry in expected]
+    shares = re.findall(r'softmax of 20 times the scores">([\d.]+)%', bars)
     assert sum(map(float, shares)) == pytest.approx(100, abs=0.5 * len(shares))
     assert ranked == Ranked(TURNS, ["a", "bc", "d"], expected[0]["corpus_id"])
     assert f"For <q>{expected[0]['text']}</q>" in why
 
 
-@pytest.mark.parametrize("kind", ["learnt_codes", "first_m", "last_m", "first_and_last_m"])
+@pytest.mark.parametrize("kind", ["learnt_codes", "first_m", "last_m", "first_and_last_m", "turns", "turns_and_codes"])
 def test_what_decided_is_drawn_first_and_deepest(kind, checkpoints):
     model = PolyEncoder(checkpoints("bert"), num_codes=40, context_vectors=kind, device="cpu")
-    number, why = model[0].config.num_context_vectors, model.explain("hi", "a")
-    name = "code" if kind == "learnt_codes" else "vector"
-    for all_codes, rows, listed in ((False, drawing.TOP_CODES, drawing.LISTED_CODES), (True, number, number)):
-        _, page, _ = Demo(model).show_ranking("hi", "a", all_codes)
-        drawn = re.findall(rf'<tr><th scope="row">{name} (\d+) (.*?)</tr>', page)
-        order = np.argsort(-why.final_attention, kind="stable").tolist()
-        assert [int(code) for code, _ in drawn] == order[:rows]
-        assert re.findall(rf'<span class="pe-code">{name} (\d+)<', page) == [str(code) for code in order[:listed]]
-        for code, cells in drawn:
+    dialogue = "\n".join("abcdefghijklmnopqrst")
+    why = model.explain(dialogue.splitlines(), "a")
+    order = [place for place in np.argsort(-why.final_attention, kind="stable") if why.vectors[place] != "padding"]
+    names = [why.vectors[place].partition(": ")[0] for place in order]
+    for all_vectors, rows, listed in ((False, drawing.TOP_ROWS, drawing.LISTED), (True, len(order), len(order))):
+        _, page, _ = Demo(model).show_ranking(dialogue, "a", all_vectors)
+        drawn = re.findall(r'<tr><th scope="row".*?>(\w+ \d+) (.*?)</tr>', page)
+        assert [name for name, _ in drawn] == names[:rows]
+        assert re.findall(r'<span class="pe-vector">(.*?)<', page) == names[:listed]
+        for place, (_, cells) in zip(order, drawn, strict=False):
             depths = [float(re.search(r"--w:([\d.]+)|$", cell)[1] or 0) for cell in cells.split("<td")[1:]]
-            assert len(depths) == len("<hi>")
-            assert depths[int(why.code_attention[int(code)].argmax())] == max(depths)
+            assert len(depths) == len(why.tokens)
+            assert depths[int(why.code_attention[place].argmax())] == max(depths)
+
+
+def test_turns_are_shown_by_what_was_said(checkpoints):
+    model = PolyEncoder(checkpoints("bert"), last_turn_share=0.25, turn_separator="\n", device="cpu")
+    _, page, _ = Demo(model).show_ranking("hi <b>\ndo you?", "a", False)
+    words = re.findall(r'<span class="pe-words"><span>(.*?)</span>', page)
+    assert sorted(words) == ["do you?", "hi &lt;b&gt;"]
+    assert sorted(re.findall(r'<th scope="row" title="(.*?)">(turn \d)', page)) == [
+        ("do you?", "turn 2"),
+        ("hi &lt;b&gt;", "turn 1"),
+    ]
+    assert "What is in each turn’s vector" in page
+    assert "25% of each is the last turn" in Demo(model).how
+    assert "code" not in re.sub(r"<[^>]+>", "", page) + Demo(model).how
 
 
 def test_the_text_is_shown_whole_and_once(checkpoints):
@@ -65,11 +80,11 @@ def test_the_text_is_shown_whole_and_once(checkpoints):
     model = PolyEncoder(checkpoints("bert"), num_codes=4, max_context_length=6, device="cpu")
     even = np.full(3, 1 / 3, dtype=np.float32)
     arrays = {"code_attention": even[None], "final_attention": np.ones(1), "dots": np.ones(1), "token_weights": even}
-    offsets = [(0, 1), (1, 2), (1, 2)]
+    offsets, lists = [(0, 1), (1, 2), (1, 2)], {"special": [False] * 3, "turns": [1] * 3, "vectors": ["code 0"]}
     for why, words, unread in (
         (model.explain("beginning and end", "x"), "&lt;s&gt;beginning and end&lt;/s&gt;", ["beginning and"]),
         (model.explain("the end", "x", prompt="q:"), "&lt;s&gt;q:the end&lt;/s&gt;", ["the e"]),
-        (Explanation("aé", ["a", "é", "é"], offsets, special=[False] * 3, score=1.0, **arrays), "aé", []),
+        (Explanation("aé", ["a", "é", "é"], offsets, **lists, score=1.0, **arrays), "aé", []),
     ):
         page = drawing.draw("context", drawing.pieces(why))
         assert re.sub(r"<[^>]+>", "", page) == words

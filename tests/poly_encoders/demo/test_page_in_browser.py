@@ -115,7 +115,7 @@ def test_type_a_dialogue_rank_and_look_into_a_candidate(address, model, saved_po
         assert row.get_attribute("aria-pressed") == "true"
         assert driver.switch_to.active_element == row  # and the keyboard stays where it was
         tokens = model.explain(TURNS, last).tokens
-        assert len(page.all(".pe-heat td")) == 4 * len(tokens)
+        assert len(page.all(".pe-heat td")) == len(TURNS) * len(tokens)
         assert "".join(page.texts(".pe-context")).replace("\n", "") == "".join(tokens).replace("\n", "")
 
         assert driver.title == f"{saved_poly_encoder.name} · poly-encoders"  # the candidate's script did not run
@@ -135,7 +135,7 @@ def test_a_phone_reads_it_without_scrolling_sideways(address):
         assert page.width() == 390
         page.rank(["w" * 200, "and many words, more than fit a phone's width"], CANDIDATES)
         page.wait(lambda: len(page.all("#bars button")) == len(CANDIDATES) and page.all(".pe-heat"))
-        page.press("#all-codes input")
+        page.press("#all-vectors input")
         page.wait(lambda: page.all(".pe-heat td"))
         assert page.width() == 390
         (box,) = page.all(".pe-scroll")

@@ -16,9 +16,10 @@ from poly_encoders.training.methods.lora import add_lora, has_lora, load_trainab
 from training_runs import KINDS as TRAINERS
 from training_runs import QUIET, weights
 
+CODES = {"context_vectors": "learnt_codes", "num_codes": 4, "config_kwargs": {"code_std": 1.0}}
 CLASSES = {
-    "poly": (PolyEncoder, {"num_codes": 4, "config_kwargs": {"code_std": 1.0}}),
-    "poly shared": (PolyEncoder, {"num_codes": 4, "share_encoders": True, "config_kwargs": {"code_std": 1.0}}),
+    "poly": (PolyEncoder, CODES),
+    "poly shared": (PolyEncoder, {**CODES, "share_encoders": True}),
     "bi": (BiEncoder, {}),
     "bi shared": (BiEncoder, {"share_encoders": True}),
     "cross": (CrossEncoder, {}),

@@ -6,11 +6,17 @@ from itertools import chain
 
 import pytest
 import torch
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cosine_similarity, cross_entropy
 
 import forks
 from poly_encoders import BiEncoder, PolyEncoder
-from poly_encoders.training.methods.losses import Distillation, InBatchNegativesLoss, SampledNegativesLoss, text_keys
+from poly_encoders.training.methods.losses import (
+    Distillation,
+    InBatchNegativesLoss,
+    SampledNegativesLoss,
+    summed_cosines,
+    text_keys,
+)
 from poly_encoders.training.runs.trainers import set_dropout
 
 CONTEXTS = [["hello", f"what is {number}"] for number in "abcdefg"]
@@ -18,13 +24,23 @@ POSITIVES = ["a", "yes", "c", "yes", "eee", "yes", "g"]
 NEGATIVES = ["q", "no", "yes", "no", "r", "yes", "tttt"]
 
 
-@pytest.fixture(params=["poly", "bi", "shared"])
-def model(request, checkpoints):
+@pytest.fixture(params=["poly", "bi", "shared", "turns", "bi-cosine"])
+def model(request, checkpoints, sentence_transformer_folder):
+    """The paper's two, codes with one encoder, and cosines: the new Poly-encoder and a SentenceTransformer's."""
     torch.manual_seed(0)
-    if request.param == "bi":
-        return BiEncoder(checkpoints(), device="cpu")
+    if request.param.startswith("bi"):
+        return BiEncoder(checkpoints() if request.param == "bi" else sentence_transformer_folder, device="cpu")
+    if request.param == "turns":
+        return PolyEncoder(checkpoints(), num_codes=4, device="cpu")
     options = {"num_codes": 4, "config_kwargs": {"code_std": 1.0}, "share_encoders": request.param == "shared"}
-    return PolyEncoder(checkpoints(), device="cpu", **options)
+    return PolyEncoder(checkpoints(), device="cpu", context_vectors="learnt_codes", **options)
+
+
+@pytest.fixture
+def turns(checkpoints):
+    """A Poly-encoder of turns with a learnt temperature."""
+    options = {"learn_final_temperature": True, "learn_last_turn_share": True}
+    return PolyEncoder(checkpoints(), num_codes=4, share_encoders=False, device="cpu", config_kwargs=options)
 
 
 def features(model, *columns):
@@ -41,9 +57,11 @@ def gradients(model, loss):
     return found
 
 
-def all_scores(model, *columns):
+def all_scores(model, *columns, scale=None):
+    """As logits: cosines times 20, unless told otherwise."""
     contexts = model.encode_query(columns[0], convert_to_tensor=True)
-    return model.similarity(contexts, model.encode_document(list(chain(*columns[1:])), convert_to_tensor=True))
+    scores = model.similarity(contexts, model.encode_document(list(chain(*columns[1:])), convert_to_tensor=True))
+    return scores * ((20.0 if model.scores_are_cosines else 1.0) if scale is None else scale)
 
 
 def test_the_positive_s_text_is_no_negative(model):
@@ -130,12 +148,15 @@ from poly_encoders.training.runs.trainers import set_dropout
 folder, out, batch = sys.argv[1:]
 distributed.init_process_group("gloo")
 mine, found = slice(4 * distributed.get_rank(), 4 * distributed.get_rank() + 4), {}
-for kind, mini in (("poly", None), ("poly", 3), ("bi", None)):
+for kind, mini in (("poly", None), ("poly", 3), ("turns", None), ("turns", 3), ("bi", None)):
     torch.manual_seed(0)
-    model = BiEncoder(folder, device="cpu") if kind == "bi" else PolyEncoder(folder, num_codes=4, device="cpu")
+    turns = {"share_encoders": False, "config_kwargs": {"learn_final_temperature": True}}
+    options = turns if kind == "turns" else {"context_vectors": "learnt_codes"}
+    bi, learnt = kind == "bi", kind == "turns"
+    model = BiEncoder(folder, device="cpu") if bi else PolyEncoder(folder, num_codes=4, device="cpu", **options)
     for parameter in model.parameters():
         distributed.broadcast(parameter.data, 0)
-    loss = InBatchNegativesLoss(model, gather_across_devices=True, mini_batch_size=mini)
+    loss = InBatchNegativesLoss(model, gather_across_devices=True, mini_batch_size=mini, learn_logit_scale=learnt)
     set_dropout(model.train(), 0.0)
     for name, parameter in model.named_parameters():
         if "pooler" in name:
@@ -145,9 +166,13 @@ for kind, mini in (("poly", None), ("poly", 3), ("bi", None)):
     sides = [model.preprocess(texts[mine], task=task) for task, texts in zip(tasks, json.loads(batch))]
     value = loss([{**side, "task": task} for task, side in zip(tasks, sides)])
     value.backward()
+    for parameter in loss.scoring_parameters():  # as the trainer does
+        distributed.all_reduce(parameter.grad)
+        parameter.grad /= 2
     mean = value.detach().clone()
     distributed.all_reduce(mean)
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    gradients |= {"of the loss": loss.log_logit_scale.grad} if learnt else {}
     weights = {name: p.detach() for name, p in model.named_parameters()}
     found[f"{kind} {mini}"] = {"loss": mean / 2, "gradients": gradients, "weights": weights}
 if distributed.get_rank() == 0:
@@ -162,15 +187,20 @@ def test_two_processes_are_one(checkpoints, tmp_path):
     out = tmp_path / "found.pt"
     forks.run(["-c", TWO, checkpoints(), out, json.dumps(BATCH)], ranks=2)
     results = torch.load(out, weights_only=True)
-    assert results.keys() == {"poly None", "poly 3", "bi None"}
+    assert results.keys() == {"poly None", "poly 3", "turns None", "turns 3", "bi None"}
     for kind, found in results.items():
-        bi = kind == "bi None"
-        model = BiEncoder(checkpoints(), device="cpu") if bi else PolyEncoder(checkpoints(), num_codes=4, device="cpu")
+        bi, learnt = kind == "bi None", kind.startswith("turns")
+        turns = {"share_encoders": False, "config_kwargs": {"learn_final_temperature": True}}
+        options = turns if learnt else {"context_vectors": "learnt_codes"}
+        folder = checkpoints()
+        model = BiEncoder(folder, device="cpu") if bi else PolyEncoder(folder, num_codes=4, device="cpu", **options)
         set_dropout(model.train(), 0.0)
         model.load_state_dict(found["weights"])
-        loss = InBatchNegativesLoss(model)(features(model, *BATCH))
+        whole = InBatchNegativesLoss(model, learn_logit_scale=learnt)
+        loss = whole(features(model, *BATCH))
         torch.testing.assert_close(found["loss"], loss.detach(), atol=1e-6, rtol=1e-5)
-        expected = gradients(model, loss)
+        expected = gradients(model, loss) | ({"of the loss": whole.log_logit_scale.grad} if learnt else {})
+        assert not learnt or expected["0.model.log_temperature"].abs() > 0
         assert found["gradients"].keys() == expected.keys() - {name for name in expected if "pooler" in name}
         for name, gradient in found["gradients"].items():
             torch.testing.assert_close(gradient, expected[name], atol=1e-5, rtol=1e-4, msg=f"{kind} {name}")
@@ -236,6 +266,104 @@ def test_what_distillation_refuses(model):
             Distillation(**options)
     with pytest.raises(ValueError, match="mini_batch_size"):
         InBatchNegativesLoss(model, mini_batch_size=0)
+
+
+# --- scale, temperature, disagreement --------------------------------------------------------------------------------
+
+
+def test_logits_are_scores_times_a_scale(model):
+    scores = all_scores(model.eval(), CONTEXTS, POSITIVES, NEGATIVES, scale=1.0)
+    columns = (CONTEXTS, POSITIVES, NEGATIVES)
+    for scale in (None, 1.0, 7.5):
+        loss = InBatchNegativesLoss(model, mask_duplicates=False, logit_scale=scale)
+        factor = (20.0 if model.scores_are_cosines else 1.0) if scale is None else scale
+        assert loss.get_config_dict()["logit_scale"] == factor
+        expected = cross_entropy(factor * scores, torch.arange(7))
+        torch.testing.assert_close(loss(features(model, *columns)), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_learnt_scale_has_its_gradient_and_stays_below_100(model):
+    loss = InBatchNegativesLoss(model.eval(), mask_duplicates=False, logit_scale=3.0, learn_logit_scale=True)
+    loss(features(model, CONTEXTS, POSITIVES, NEGATIVES)).backward()
+    scores = all_scores(model, CONTEXTS, POSITIVES, NEGATIVES, scale=3.0)
+    expected = (scores.softmax(dim=1) * scores).sum(dim=1) - scores.diagonal()
+    torch.testing.assert_close(loss.log_logit_scale.grad, expected.mean(), atol=1e-4, rtol=1e-3)
+    assert "log_logit_scale" in dict(loss.named_parameters())
+    with torch.no_grad():
+        loss.log_logit_scale.fill_(9.0)
+    assert loss.own_state()["log_logit_scale"].exp().item() == pytest.approx(100.0)
+    loss(features(model, CONTEXTS, POSITIVES))
+    assert loss.logit_scale.item() == pytest.approx(100.0)
+    other = InBatchNegativesLoss(model, learn_logit_scale=True)
+    other.load_own_state(loss.own_state())
+    assert other.logit_scale.item() == pytest.approx(100.0)
+    assert InBatchNegativesLoss(model).own_state() == {}
+
+
+@pytest.mark.parametrize("mini_batch_size", [1, 3, 7])
+def test_caching_changes_no_gradient_of_what_is_beside_the_encoders(turns, mini_batch_size):
+    """They are of the whole batch's loss, and get what comes back: half of it here, as in gradient accumulation."""
+    set_dropout(turns.train(), 0.0)
+    found = []
+    options = {"learn_logit_scale": True, "disagreement_weight": 0.3}
+    for size in (None, mini_batch_size):
+        loss = InBatchNegativesLoss(turns, mini_batch_size=size, **options)
+        turns.zero_grad()
+        for _ in range(2):
+            (0.5 * loss(features(turns, CONTEXTS, POSITIVES, NEGATIVES))).backward()
+        found.append({name: p.grad.clone() for name, p in loss.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    for name in ("log_logit_scale", "model.0.model.log_temperature", "model.0.model.last_turn_logit"):
+        assert found[0][name].abs() > 1e-4
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_the_mean_cosine_between_vectors_of_one_context():
+    torch.manual_seed(0)
+    vectors = torch.randn(4, 5, 8)
+    vectors[1, 3:] = vectors[2, 1:] = vectors[3] = 0.0  # 5 vectors, 3, 1 and none
+    vectors.requires_grad_()
+    total, number = summed_cosines(vectors)
+    expected = torch.zeros(())
+    for row, real in ((0, 5), (1, 3)):
+        pairs = [(i, j) for i in range(real) for j in range(real) if i != j]
+        expected += torch.stack([cosine_similarity(vectors[row, i], vectors[row, j], dim=0) for i, j in pairs]).mean()
+    torch.testing.assert_close(total, expected)
+    assert number == 2.0
+    total.backward()
+    assert vectors.grad.isfinite().all()
+    assert (vectors.grad[2:] == 0).all()
+
+
+def test_disagreement_is_added_in_training_alone(turns):
+    set_dropout(turns.train(), 0.0)
+    side = features(turns, CONTEXTS, POSITIVES)
+    plain, with_it = InBatchNegativesLoss(turns), InBatchNegativesLoss(turns, disagreement_weight=0.5)
+    total, number = summed_cosines(turns(dict(side[0]))["sentence_embedding"])
+    torch.testing.assert_close(with_it(side) - plain(side), 0.5 * total / number)
+    assert plain.take_figures()["context_vector_cosine"] == pytest.approx(float(total / number), abs=1e-4)
+    assert plain.take_figures() == {}
+    turns.eval()
+    torch.testing.assert_close(with_it(side), plain(side))
+    assert "context_vector_cosine" not in plain.take_figures()
+    single = features(turns.train(), ["one", "two"], ["a", "b"])
+    torch.testing.assert_close(with_it(single), plain(single))
+    assert "context_vector_cosine" not in plain.take_figures()
+
+
+def test_scales_that_make_no_sense(model, checkpoints):
+    for options, message in (
+        ({"logit_scale": 0.0}, "logit_scale"),
+        ({"logit_scale": float("nan")}, "logit_scale"),
+        ({"logit_scale": float("inf")}, "logit_scale"),
+        ({"logit_scale": 101.0, "learn_logit_scale": True}, "100"),
+        ({"disagreement_weight": -1.0}, "disagreement_weight"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            InBatchNegativesLoss(model, **options)
+    with pytest.raises(ValueError, match="BiEncoder has one"):
+        InBatchNegativesLoss(BiEncoder(checkpoints(), device="cpu"), disagreement_weight=0.1)
 
 
 def test_sampled_negatives_leave_the_positive_s_text_out():

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import resource
 import signal
 import sys
@@ -13,6 +14,7 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
+from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -135,6 +137,8 @@ def test_resuming_in_the_first_and_in_a_later_epoch(options, tmp_path, architect
         ("bi", {"reduction": "first_m_mean"}),
         ("bi", {"reduction": "first_m_mean", "num_codes": 3, "share_encoders": True}),
         ("poly", {"reduction": "first_m_mean"}),
+        ("poly", {"context_vectors": "learnt_codes"}),
+        ("poly", {"config_kwargs": {"learn_final_temperature": True, "learn_last_turn_share": True}}),
         ("poly", {"context_vectors": "last_m", "share_encoders": True}),
         ("cross", {}),
     ],
@@ -159,6 +163,33 @@ def test_every_model_resumes_and_loads_its_best(kind, model_options, checkpoints
     again = made()
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert_same_weights(again.model, last)
+
+
+@pytest.mark.parametrize("more", [{}, {"lora_rank": 2}])
+def test_what_the_loss_has_learnt_is_resumed_and_is_that_of_the_best(checkpoints, tmp_path, more):
+    data = Dataset.from_list([{"context": f"say {i}", "reply": f"{i} it is"} for i in range(8)])
+    settings = {"max_steps": 4, "per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 1}
+    settings |= {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "eval_loss", **more}
+    settings |= {"learn_logit_scale": True, "logging_steps": 1}
+
+    def made(**options):
+        return make_trainer("poly", checkpoints(), tmp_path, data, None, data, **{**settings, **options})
+
+    def saved(step):
+        return load_file(tmp_path / f"checkpoint-{step}" / "loss.safetensors")["log_logit_scale"]
+
+    trainer = made(load_best_model_at_end=True, greater_is_better=True)
+    trainer.train()
+    assert len({saved(step).item() for step in range(1, 5)}) == 4
+    best = int(trainer.state.best_model_checkpoint.rsplit("-", 1)[-1])
+    assert best < 4
+    assert torch.equal(trainer.loss.log_logit_scale.detach(), saved(best))
+    again, last = made(), saved(4)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert torch.equal(again.loss.log_logit_scale.detach(), last)
+    (tmp_path / "checkpoint-2" / "loss.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"loss\.safetensors"):
+        made().train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
 def test_a_best_checkpoint_that_cannot_be_loaded_is_an_error(options, tmp_path, monkeypatch):
@@ -230,8 +261,9 @@ def test_sigterm_in_the_last_step_ends_what_would_follow(options, tmp_path, sign
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
-def test_sigterm_ends_the_quick_start(checkpoints, tmp_path, signal_in_step, monkeypatch):
-    """It saved, and then went on ranking for minutes."""
+def test_sigterm_ends_the_quick_start(checkpoints, tmp_path, signal_in_step, monkeypatch, capsys):
+    """It saved, and then went on ranking for minutes. Once resumed, both models are in its table."""
+    monkeypatch.setattr(quickstart, "console", Console(width=100))
     sets = [{"context": "a", "candidates": list("abcdefghijkl"), "label": 0}]
     monkeypatch.setattr(quickstart, "chitchat_ranking_sets", lambda *_, **__: sets)
     given = {"model_name_or_path": checkpoints(), "dataset": write_rows(tmp_path / "d.jsonl", 8), "output": tmp_path}
@@ -241,10 +273,15 @@ def test_sigterm_ends_the_quick_start(checkpoints, tmp_path, signal_in_step, mon
     with pytest.raises(SystemExit) as exited:
         quickstart.main(words)
     assert exited.value.code == STOPPED
-    assert is_whole(tmp_path / "quickstart-poly-encoder" / "checkpoint-2")
+    assert is_whole(tmp_path / "quickstart-bi-encoder" / "checkpoint-2")
     signal_in_step(None)
-    (result,) = quickstart.main([*words, "--resume_from_checkpoint"])
-    assert result.before.keys() == result.after.keys()
+    capsys.readouterr()
+    results = quickstart.main([*words, "--resume_from_checkpoint"])
+    assert [result.architecture for result in results] == ["bi-encoder", "poly-encoder"]
+    (table,) = re.findall(r"│ Poly-encoder │(.*)│\n", capsys.readouterr().out)
+    keys = ("recall@1", "recall@5", "mrr")
+    numbers = [measured[key] for key in keys for measured in (results[1].before, results[1].after)]
+    assert [float(cell) for cell in table.split("│")] == pytest.approx(numbers, abs=6e-4)
     assert (tmp_path / "quickstart-poly-encoder" / "model.safetensors").is_file()
 
 
@@ -267,7 +304,7 @@ def test_the_signal_s_checkpoint_stays_where_only_the_best_is_kept(options, tmp_
 
 def test_gradients_that_are_no_numbers_stop_the_run(options):
     trainer = build_trainer(make_options(options(eval_strategy="no")))
-    parameter = trainer.model[0].model.codes
+    parameter = next(parameter for parameter in trainer.model.parameters() if parameter.requires_grad)
     parameter.register_hook(lambda gradient: gradient * (float("nan") if trainer.state.global_step == 3 else 1.0))
     handler = signal.getsignal(signal.SIGTERM)
     with pytest.raises(NonFiniteLossError, match="step 4"):

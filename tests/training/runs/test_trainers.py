@@ -3,6 +3,7 @@
 import pytest
 import torch
 from datasets import Dataset
+from transformers import TrainerCallback
 from transformers.trainer_utils import HPSearchBackend
 
 from poly_encoders import CandidateRankingEvaluator, poly_score
@@ -24,6 +25,9 @@ DATA = Dataset.from_dict(
 )
 
 
+CODES = {"context_vectors": "learnt_codes"}
+
+
 @pytest.fixture
 def make(checkpoints, tmp_path):
     """A function that makes a trainer of a kind."""
@@ -38,10 +42,10 @@ def dropouts(model):
     return {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_training_helps_and_what_is_saved_loads_and_holds_no_pickle(kind, make, tmp_path):
+@pytest.mark.parametrize(("kind", "model_options"), [("poly", {}), ("poly", CODES), ("bi", {}), ("cross", {})])
+def test_training_helps_and_what_is_saved_loads_and_holds_no_pickle(kind, model_options, make, tmp_path):
     steps = {"max_steps": 100, "num_negatives": 7} if kind == "cross" else {"max_steps": 60}
-    trainer = make(kind, per_device_train_batch_size=16, learning_rate=3e-3, **steps)
+    trainer = make(kind, per_device_train_batch_size=16, learning_rate=3e-3, model_options=model_options, **steps)
     model, before = trainer.model, weights(trainer.model)
     sets = [
         {"context": row["context"], "candidates": [row["reply"], *(x * 3 for x in LETTERS if x * 3 != row["reply"])]}
@@ -54,7 +58,7 @@ def test_training_helps_and_what_is_saved_loads_and_holds_no_pickle(kind, make, 
     assert evaluator(model)["mrr"] > quality + 0.2
     changed = {name for name, value in weights(model).items() if not torch.equal(value, before[name])}
     assert not [name for name in changed if "word_embeddings" in name]
-    for part in ("position_embeddings", "attention", *(["codes"] if kind == "poly" else [])):
+    for part in ("position_embeddings", "attention", *(["codes"] if model_options else [])):
         assert [name for name in changed if part in name]
     trainer.save_model()
     assert (tmp_path / "out" / "training_args.json").is_file()
@@ -63,7 +67,7 @@ def test_training_helps_and_what_is_saved_loads_and_holds_no_pickle(kind, make, 
 
 
 def test_the_codes_learn_faster(make):
-    trainer = make("poly", code_learning_rate_factor=30.0, freeze_word_embeddings=False)
+    trainer = make("poly", model_options=CODES, code_learning_rate_factor=30.0, freeze_word_embeddings=False)
     groups = trainer.create_optimizer().param_groups
     codes = trainer.model[0].model.codes
     rates = {name: group["lr"] for group in groups for name in group["params"]}
@@ -72,7 +76,7 @@ def test_the_codes_learn_faster(make):
     assert len(rates) == len(list(trainer.model.parameters())) - 1  # each once, embeddings too
     assert trainer.args.learning_rate_mapping == {}  # the caller's options stay
     assert all(group["fused"] for group in groups)
-    own = make("poly", learning_rate_mapping={"codes": 0.5}).create_optimizer().param_groups
+    own = make("poly", model_options=CODES, learning_rate_mapping={"codes": 0.5}).create_optimizer().param_groups
     assert sorted({group["lr"] for group in own}) == [0.001, 0.5]
 
 
@@ -84,8 +88,12 @@ class Trial(dict):
 
 def test_a_hyperparameter_search_tries_what_it_says(checkpoints, tmp_path, monkeypatch):
     """The codes kept the first trial's learning rate; dropout and the loss came a trial late, or never."""
+
+    def made():
+        return make_model("poly", checkpoints(), **CODES)
+
     args = PolyEncoderTrainingArguments(str(tmp_path), max_steps=1, save_strategy="no", dropout=0.2, **QUIET)
-    trainer = PolyEncoderTrainer(args=args, train_dataset=DATA, model_init=lambda: make_model("poly", checkpoints()))
+    trainer = PolyEncoderTrainer(args=args, train_dataset=DATA, model_init=lambda: made())
     assert dropouts(trainer.model) == {0.2}
     monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", lambda: True)  # reads dicts
     trainer.hp_search_backend, trainer.hp_space = HPSearchBackend.OPTUNA, dict
@@ -110,7 +118,7 @@ def test_the_loss_is_cross_entropy_in_the_batch(make):
     loss = trainer.compute_loss(model, batch)
     contexts = model.encode_query(DATA["context"][:5], convert_to_tensor=True)
     texts = [*DATA["reply"][:5], *DATA["negative"][:5]]
-    scores = poly_score(contexts, model.encode_document(texts, convert_to_tensor=True))
+    scores = 20.0 * poly_score(contexts, model.encode_document(texts, convert_to_tensor=True), model.final_scale)
     assert scores.shape == (5, 10)
     torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(scores, torch.arange(5)), atol=1e-4, rtol=1e-4)
 
@@ -196,7 +204,7 @@ def test_arguments_come_in_upstream_s_order(kind, checkpoints, tmp_path):
 
 
 def test_adamax_has_the_codes_rate_and_the_weight_decay(make):
-    trainer = make("poly", optimizer="adamax")
+    trainer = make("poly", model_options=CODES, optimizer="adamax")
     optimizer = trainer.create_optimizer()
     assert isinstance(optimizer, torch.optim.Adamax)
     groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
@@ -249,6 +257,67 @@ def test_masked_duplicates_are_logged(make):
     trainer = make("bi", data, per_device_train_batch_size=16, logging_steps=1)
     trainer.train()
     assert logged(trainer, "masked_duplicates") == [48.0, 48.0]
+
+
+def test_how_alike_context_vectors_are_is_logged(make):
+    trainer = make("poly", logging_steps=1)
+    trainer.train()
+    assert len(logged(trainer, "context_vector_cosine")) == 2
+    assert all(-1 <= value <= 1 for value in logged(trainer, "context_vector_cosine"))
+    trainer = make("bi", logging_steps=1)
+    trainer.train()
+    assert not logged(trainer, "context_vector_cosine")
+
+
+def test_disagreement_parts_the_context_vectors(make):
+    alike = []
+    for weight in (0.0, 5.0):
+        trainer = make("poly", model_options=CODES, disagreement_weight=weight, max_steps=20, logging_steps=10)
+        trainer.train()
+        alike.append(logged(trainer, "context_vector_cosine")[-1])
+    assert alike[1] < alike[0] - 0.05
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamax"])
+def test_what_is_learnt_as_one_number_learns_faster_and_does_not_decay(make, optimizer):
+    options = {"config_kwargs": {"learn_final_temperature": True, "learn_last_turn_share": True}}
+    trainer = make("poly", model_options=options, learn_logit_scale=True, optimizer=optimizer, logging_steps=1)
+    model = trainer.model[0].model
+    numbers = [trainer.loss.log_logit_scale, model.log_temperature, model.last_turn_logit]
+    before = [number.item() for number in numbers]
+    groups = trainer.create_optimizer().param_groups
+    of = {parameter: group for group in groups for parameter in group["params"]}
+    assert [of[number]["lr"] for number in numbers] == pytest.approx([0.01] * 3)
+    assert [of[number]["weight_decay"] for number in numbers] == [0.0] * 3
+    assert sum(len(group["params"]) for group in groups) == len(of)
+    trainer.train()
+    assert all(abs(number.item() - old) > 1e-3 for number, old in zip(numbers, before, strict=True))
+    assert logged(trainer, "logit_scale")[-1] == pytest.approx(numbers[0].exp().item(), abs=1e-3)
+    own = make("bi", learn_logit_scale=True, scalar_learning_rate_factor=2.0)
+    assert {group["lr"] for group in own.create_optimizer().param_groups} == {1e-3, 2e-3}
+    assert own.loss.logit_scale.item() == pytest.approx(1.0)
+
+
+class Seen(TrainerCallback):
+    """The gradients of the logit scale before each step."""
+
+    def __init__(self, trainer):
+        self.trainer, self.gradients = trainer, []
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.gradients.append(self.trainer.loss.log_logit_scale.grad.item())
+
+
+def test_accumulated_and_cached_gradients_teach_the_scale_the_same(make):
+    found = []
+    options = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "learn_logit_scale": True}
+    for size in (None, 3):
+        trainer = make("poly", mini_batch_size=size, **options)
+        trainer.add_callback(seen := Seen(trainer))
+        trainer.train()
+        found.append(seen.gradients)
+    assert len(found[0]) == 2
+    assert found[0] == pytest.approx(found[1], rel=1e-3)
 
 
 def test_batches_are_sorted_by_length_unless_told_otherwise(make):
@@ -326,6 +395,10 @@ def test_options_that_make_no_sense(make, tmp_path):
         ({"evaluations_per_epoch": 0}, "evaluations_per_epoch"),
         ({"distillation": "kl", "distillation_weight": 2.0}, "distillation_weight"),
         ({"optimizer": "Adamax"}, "optimizer"),
+        ({"logit_scale": -1.0}, "logit_scale"),
+        ({"logit_scale": 200.0, "learn_logit_scale": True}, "100"),
+        ({"disagreement_weight": float("nan")}, "disagreement_weight"),
+        ({"num_index_negatives": 5}, "freeze_candidate_encoder"),
         ({"dataloader_persistent_workers": True, "dataloader_num_workers": 1}, "random draws"),
         ({"hub_strategy": "checkpoint"}, "pickled"),
         ({"hub_strategy": "every_save", "hub_create_pr": True}, "at every save"),
