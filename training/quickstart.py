@@ -68,12 +68,7 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
     parser.add_argument("--output", default="models", help="folder to save the models to (default: %(default)s)")
     parser.add_argument("--sets", type=int, default=1000, help="test contexts to rank, a seeded sample (%(default)s)")
     own, overrides = parser.parse_known_args(argv)
-    logging.basicConfig(level=logging.WARNING)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    for name in ("sentence_transformers", "poly_encoders"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    disable_progress_bar()
+    keep_quiet()
 
     results = []
     for architecture in list(NAMES)[: 3 if own.compare else 2]:
@@ -89,6 +84,16 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
         file.write_text(json.dumps([vars(result) for result in results], indent=2) + "\n", encoding="utf-8")
         console.print(f"Written to {file}.")
     return results
+
+
+def keep_quiet() -> None:
+    """Let nothing but the quick start itself speak, in all of this process."""
+    logging.basicConfig(level=logging.WARNING)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    for name in ("sentence_transformers", "poly_encoders"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    disable_progress_bar()
 
 
 def _run(options: Options, limit: int) -> Result:

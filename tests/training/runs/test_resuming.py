@@ -264,6 +264,7 @@ def test_sigterm_in_the_last_step_ends_what_would_follow(options, tmp_path, sign
 def test_sigterm_ends_the_quick_start(checkpoints, tmp_path, signal_in_step, monkeypatch, capsys):
     """It saved, and then went on ranking for minutes. Once resumed, both models are in its table."""
     monkeypatch.setattr(quickstart, "console", Console(width=100))
+    monkeypatch.setattr(quickstart, "keep_quiet", lambda: None)  # other tests read the log
     sets = [{"context": "a", "candidates": list("abcdefghijkl"), "label": 0}]
     monkeypatch.setattr(quickstart, "chitchat_ranking_sets", lambda *_, **__: sets)
     given = {"model_name_or_path": checkpoints(), "dataset": write_rows(tmp_path / "d.jsonl", 8), "output": tmp_path}
