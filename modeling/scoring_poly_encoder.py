@@ -190,6 +190,13 @@ class ReductionMixin:
         return scale.item()
 
     @property
+    def final_temperature(self) -> float | Tensor:
+        """T of the final attention, as `config.final_temperature` or, `(1,)` float32, as it was learnt."""
+        return (
+            self.log_temperature.float().exp() if self.config.learn_final_temperature else self.config.final_temperature
+        )
+
+    @property
     def last_turn_share(self) -> float | Tensor:
         """How much of the last turn is in each turn's vector, as `config.last_turn_share` or as it was learnt."""
         return self.last_turn_logit.sigmoid() if self.config.learn_last_turn_share else self.config.last_turn_share
@@ -275,10 +282,7 @@ class ReductionMixin:
 
     def _scale(self) -> float | Tensor:
         """`final_scale` as `forward` takes it: of a learnt temperature always a tensor, for which no device waits."""
-        scale = self._attention_scale(self.config.final_attention)
-        if self.config.learn_final_temperature:
-            return scale * torch.exp(-self.log_temperature.float())
-        return scale / self.config.final_temperature
+        return self._attention_scale(self.config.final_attention) / self.final_temperature
 
     def _attention_scale(self, kind: Literal["basic", "sqrt"]) -> float:
         return self.config.hidden_size**-0.5 if kind == "sqrt" else 1.0

@@ -15,7 +15,7 @@ import torch
 
 from poly_encoders.modeling import poly_attention
 from poly_encoders.modeling.scoring_poly_encoder import turn_weights, turns_between
-from poly_encoders.modeling.text_poly_encoder import Context, Tokens, boundary_ids, plain_tokens, text_tokens
+from poly_encoders.modeling.text_poly_encoder import Context, Tokens, plain_tokens, text_tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +122,7 @@ def _turns(module: Any, row: Tokens) -> list[int]:
         return row.turns
     added = [token_id for token_id, special in zip(row.ids, row.special, strict=True) if special]
     ids = torch.tensor([row.ids])
-    boundaries = boundary_ids(module.tokenizer, module.config.turn_separator) or added
+    boundaries = module.config.turn_boundary_ids or added
     return turns_between(ids, torch.ones_like(ids), boundaries)[0].tolist()
 
 

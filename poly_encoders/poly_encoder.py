@@ -8,12 +8,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 
-from poly_encoders.building import (
-    BuildOptions,
-    module_from_encoder,
-    module_from_sentence_transformer,
-    settings_of,
-)
+from poly_encoders.building import BuildOptions, module_from_encoder, module_from_sentence_transformer, settings_of
 from poly_encoders.cards import PolyEncoderModelCardData
 from poly_encoders.explaining import Explanation, explain
 from poly_encoders.modeling import PolyEncoderConfig
@@ -21,11 +16,10 @@ from poly_encoders.modeling.text_poly_encoder import Context, checked_count
 from poly_encoders.poly_encoder_module import PolyEncoderModule
 from poly_encoders.ranker import Task, TextOptions, clear_load_errors, local_path
 from poly_encoders.scoring import score
-from poly_encoders.two_sided import TwoSidedEncoder
+from poly_encoders.two_sided import TwoSidedEncoder, refuse_other_lengths
 
 ContextVectors = Literal["learnt_codes", "first_m", "last_m", "first_and_last_m", "turns", "turns_and_codes"]
 PROMPT_SETTINGS = frozenset({"prompts", "default_prompt_name"})  # of a checkpoint that is built on
-UNIT_TOLERANCE = 0.01  # of a length of 1, in any precision that vectors are stored in
 Vectors = Tensor | np.ndarray | list[Tensor] | list[np.ndarray]
 
 
@@ -271,19 +265,8 @@ class PolyEncoder(TwoSidedEncoder):
 
     def _candidate_vectors(self, vectors: Vectors) -> Tensor:
         candidates = _floats(vectors)
-        if (
-            self.scores_are_cosines
-            and not candidates.requires_grad
-            and candidates.dim() in (1, 2)
-            and candidates.numel()
-        ):
-            lengths = torch.linalg.vector_norm(candidates, dim=-1, dtype=torch.float32)
-            if bool(((lengths - 1).abs() > UNIT_TOLERANCE).any()):
-                raise ValueError(
-                    "This model scores by cosines, but there are candidate vectors of lengths from "
-                    f"{float(lengths.min()):.4g} to {float(lengths.max()):.4g}. Scale each to length 1 first "
-                    "(torch.nn.functional.normalize(vectors, dim=-1)), or encode them with this model."
-                )
+        if self.scores_are_cosines and not candidates.requires_grad and candidates.dim() in (1, 2):
+            refuse_other_lengths(candidates)
         return candidates
 
 

@@ -5,12 +5,14 @@ from typing import Any, Literal
 
 import numpy as np
 from sentence_transformers import SentenceTransformer
-from torch import Tensor, from_numpy
+from torch import Tensor, float32, from_numpy, promote_types
+from torch.linalg import vector_norm
 from torch.nn.functional import normalize
 
 from poly_encoders.modeling.text_poly_encoder import candidate_texts
 from poly_encoders.ranker import Ranker, Task
 
+LENGTH_TOLERANCE = 0.01
 ASK_FOR_A_SIDE = (
     "Contexts and candidates are read differently, so the model must know which these are: call encode_query(contexts) "
     "or encode_document(candidates), or pass task='query' or task='document'."
@@ -106,6 +108,26 @@ class TwoSidedEncoder(Ranker, SentenceTransformer):
         contexts = self.encode_query([context], prompt=prompt, show_progress_bar=False, **options)
         vectors = self.encode_document(candidates, show_progress_bar=show, **options)
         return self.similarity(contexts, vectors)[0]
+
+
+def has_length_1(vectors: Tensor) -> bool:
+    """Whether all of `(..., dim)` vectors are of length 1, as far as any precision that they are stored in allows."""
+    lengths = vector_norm(vectors, dim=-1, dtype=promote_types(vectors.dtype, float32))
+    return bool(((lengths - 1).abs() <= LENGTH_TOLERANCE).all())
+
+
+def refuse_other_lengths(vectors: Tensor, what: str = "candidate vectors") -> None:
+    """Let no `(..., dim)` vectors into a score of cosines that are not of length 1.
+
+    Raises:
+        ValueError: there are such.
+    """
+    if not has_length_1(vectors):
+        lengths = vectors.float().norm(dim=-1)
+        raise ValueError(
+            f"This model scores by cosines, but {what} are of lengths from {float(lengths.min()):.4g} to "
+            f"{float(lengths.max()):.4g}. Scale each to length 1 first: torch.nn.functional.normalize(vectors, dim=-1)."
+        )
 
 
 def is_single_context(inputs: Any) -> bool:

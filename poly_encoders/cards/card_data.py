@@ -204,8 +204,7 @@ class PolyEncoderModelCardData(RankingCardData, SentenceTransformerModelCardData
     def get_model_specific_metadata(self) -> dict[str, Any]:
         model, config = self.model[0].model, self.model[0].config
         with torch.no_grad():
-            temperature = model.log_temperature.exp() if config.learn_final_temperature else config.final_temperature
-            share = model.last_turn_share
+            temperature, share = model.final_temperature, model.last_turn_share
         return super().get_model_specific_metadata() | {
             "config": config,
             "backbone": type(model.context_encoder).__name__,

@@ -56,6 +56,15 @@ def assert_same_weights(found, expected):
     assert not [name for name, value in expected.items() if not torch.equal(found[name], value)]
 
 
+def gradients(model, loss):
+    """By the names of parameters, the gradients of a loss, of which some are not 0."""
+    model.zero_grad()
+    loss.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    assert any(gradient.abs().sum() > 0 for gradient in found.values())
+    return found
+
+
 def logged(trainer, name):
     """The values that a trainer has logged under a name."""
     return [entry[name] for entry in trainer.state.log_history if name in entry]

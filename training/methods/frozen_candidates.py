@@ -29,6 +29,7 @@ from poly_encoders.training.data.checks import cells, checked_examples, text_col
 from poly_encoders.training.data.collators import context_key
 from poly_encoders.training.methods.fingerprints import hashed, weights_fingerprint
 from poly_encoders.training.methods.losses import InBatchNegativesLoss, is_training, text_keys
+from poly_encoders.two_sided import has_length_1, refuse_other_lengths
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,6 @@ ALL = -1  # rows of the index as negatives
 FOLDER = "candidate_vectors"  # in output_dir; a data set of the columns below
 TEXT, VECTOR = "text", "vector"
 NOTE = "made_of.json"  # in that folder
-LENGTH_TOLERANCE = 0.01  # of a vector of length 1, in any precision that vectors are stored in
 
 
 class CandidateIndex(NamedTuple):
@@ -177,7 +177,7 @@ def candidate_vectors(model: Any, texts: list[str], folder: str | Path, given: A
         shutil.rmtree(folder)
     if vectors is None:
         vectors = model.encode_document(texts, convert_to_tensor=True, **options).float().cpu()
-        if model.scores_are_cosines and not _have_length_1(vectors):
+        if model.scores_are_cosines and not has_length_1(vectors):
             vectors = normalize(vectors, dim=-1)  # a Bi-encoder whose similarity does that
     _store(folder, texts, vectors, made)
     return vectors
@@ -219,17 +219,9 @@ def checked_vectors(model: Any, given: Any, texts: list[str]) -> Tensor:
             f"candidate_vectors have NaN or infinite numbers in {len(bad)} rows, the first in row {bad[0]}, that of "
             f"{texts[bad[0]]!r:.80}. Encode these texts anew."
         )
-    if model.scores_are_cosines and not _have_length_1(vectors):
-        lengths = vectors.norm(dim=1)
-        raise ValueError(
-            f"candidate_vectors are of lengths from {float(lengths.min()):.4g} to {float(lengths.max()):.4g}; expected "
-            "1, because this model's scores are cosines. Scale them first: torch.nn.functional.normalize(vectors)."
-        )
+    if model.scores_are_cosines:
+        refuse_other_lengths(vectors, "candidate_vectors")
     return vectors
-
-
-def _have_length_1(vectors: Tensor) -> bool:
-    return bool(((vectors.norm(dim=1) - 1).abs() <= LENGTH_TOLERANCE).all())
 
 
 def _in_order(data: Dataset, texts: list[str]) -> Any:

@@ -19,9 +19,19 @@ from poly_encoders.training.methods.frozen_candidates import (
     positives_of_contexts,
 )
 from poly_encoders.training.methods.losses import Distillation, InBatchNegativesLoss
-from poly_encoders.training.runs.trainers import set_dropout
+from poly_encoders.training.runs.preparing import set_dropout
 from poly_encoders.training.train import make_options, run
-from training_runs import KINDS, QUIET, assert_same_weights, logged, make_model, make_trainer, weights, write_rows
+from training_runs import (
+    KINDS,
+    QUIET,
+    assert_same_weights,
+    gradients,
+    logged,
+    make_model,
+    make_trainer,
+    weights,
+    write_rows,
+)
 
 # Rows 1 and 3 have one positive, 2 and 4 one context, and a negative is another row's positive.
 DATA = Dataset.from_dict(
@@ -83,14 +93,6 @@ def plain(model, rows):
     columns = [[DATA[row][name] for row in rows] for name in ("context", "reply", "negative")]
     tasks = ("query", "document", "document")
     return [model.preprocess(column, task=task) | {"task": task} for column, task in zip(columns, tasks, strict=True)]
-
-
-def gradients(model, loss):
-    model.zero_grad()
-    loss.backward()
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    assert any(gradient.abs().sum() > 0 for gradient in found.values())
-    return found
 
 
 # --- the loss --------------------------------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ from poly_encoders.training.methods.losses import (
     summed_cosines,
     text_keys,
 )
-from poly_encoders.training.runs.trainers import set_dropout
+from poly_encoders.training.runs.preparing import set_dropout
+from training_runs import gradients
 
 CONTEXTS = [["hello", f"what is {number}"] for number in "abcdefg"]
 POSITIVES = ["a", "yes", "c", "yes", "eee", "yes", "g"]
@@ -47,14 +48,6 @@ def features(model, *columns):
     sides = [model.preprocess(columns[0], task="query")]
     sides += [model.preprocess(column, task="document") for column in columns[1:]]
     return [{**side, "task": "query" if not position else "document"} for position, side in enumerate(sides)]
-
-
-def gradients(model, loss):
-    model.zero_grad()
-    loss.backward()
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    assert any(gradient.abs().sum() > 0 for gradient in found.values())
-    return found
 
 
 def all_scores(model, *columns, scale=None):
@@ -143,7 +136,7 @@ from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 from poly_encoders import BiEncoder, PolyEncoder
 from poly_encoders.training.methods.losses import InBatchNegativesLoss
-from poly_encoders.training.runs.trainers import set_dropout
+from poly_encoders.training.runs.preparing import set_dropout
 
 folder, out, batch = sys.argv[1:]
 distributed.init_process_group("gloo")
