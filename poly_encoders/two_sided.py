@@ -112,6 +112,8 @@ class TwoSidedEncoder(Ranker, SentenceTransformer):
 
 def has_length_1(vectors: Tensor) -> bool:
     """Whether all of `(..., dim)` vectors are of length 1, as far as any precision that they are stored in allows."""
+    if vectors.numel() == 0:
+        return True
     lengths = vector_norm(vectors, dim=-1, dtype=promote_types(vectors.dtype, float32))
     return bool(((lengths - 1).abs() <= LENGTH_TOLERANCE).all())
 
