@@ -63,6 +63,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "poly-turns-codes": {"context_vectors": "turns_and_codes", "num_codes": 16},
     **{f"poly-codes-{m}": {**CODES, "num_codes": m} for m in (16, 64, 360)},
     "poly-codes-64-cosine": {**CODES, "num_codes": 64, "normalize": True},
+    "poly-codes-64-near": {**CODES, "num_codes": 64, "normalize": True, "code_std": 0.05},
     **{f"poly-{kind}-m": {"context_vectors": f"{kind}_m", "normalize": True} for kind in ("first", "last")},
     "cross": {"architecture": "cross-encoder", "num_negatives": 3},
     "late-interaction": {},

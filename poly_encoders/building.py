@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 # Half of a turn's vector is its own, so its cosine counts 20 times, as sentence-transformers' losses scale cosines.
 COSINE_TEMPERATURE = 0.025
+# Codes that each see other tokens from the start: near zero, all see the mean, and learn the same (docs/benchmarks.md).
+COSINE_CODE_STD = 0.5
 # sentence-transformers' name of a pooling -> ours. The others have no counterpart in the paper.
 _REDUCTIONS = {"mean": "mean", "cls": "first"}
 
@@ -92,7 +94,8 @@ def settings_of(path: str, hub: dict[str, Any]) -> dict[str, Any]:
 def with_defaults(options: dict[str, Any], is_cosine: bool = True) -> dict[str, Any]:
     """A new model's options, with ours where nothing was said: one vector a turn, cosines, one encoder.
 
-    The paper's kinds of context vectors have the paper's other choices, which are `PolyEncoderConfig`'s.
+    The paper's kinds of context vectors have the paper's other choices, which are `PolyEncoderConfig`'s, but for those
+    that go with cosines: the temperature, and how far codes start from each other.
 
     Args:
         options: Those that were given.
@@ -104,6 +107,8 @@ def with_defaults(options: dict[str, Any], is_cosine: bool = True) -> dict[str, 
         ours |= {"share_encoders": True, "normalize": is_cosine}
     if options.get("normalize", ours.get("normalize")):
         ours["final_temperature"] = COSINE_TEMPERATURE
+    if "final_temperature" in ours and "codes" in options.get("context_vectors", ""):
+        ours["code_std"] = COSINE_CODE_STD
     return {**ours, **options}
 
 

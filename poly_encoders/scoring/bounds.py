@@ -15,6 +15,10 @@ the rounding of float64 inputs to float32, of the softmax in float32, of thresho
 true score to float32. tau is what flushing subnormal numbers to zero can lose. Where the products are handed over in
 bfloat16, their own rounding to nearest adds at most 2^-8 |d^_i|.
 
+**The axes.** With orthonormal axes Q, of which a pass knows the coordinates a of x = Q a + r and q = Q^T y_i alone,
+d_i = a . q + r . (y_i - Q q) exactly, so that what it does not see is at most |r| |y_i - Q q|. Float32 keeps a, q and Q
+only nearly so: a part of r of at most gamma |x| stays on the axes, for which gamma is taken twice.
+
 **The score** lies between the dots: f(d) <= max_i d_i, so no candidate with max_i d^_i + e below a threshold can reach
 it. And it is Lipschitz in them: d f / d d_i = w_i (1 + scale (d_i - f)), so |f(d) - f(d^)| <= L(m) max_i |e_i| with
 L(m) = max_d sum_i w_i |1 + scale (d_i - f)|, the same for every scale. Those derivatives sum to 1, so that L = 1 + 2
@@ -37,24 +41,32 @@ SUBNORMAL = 2.0**-125  # twice the largest number that hardware may take for zer
 
 
 class DotError:
-    """|d - d^| <= (residual + share * norm) * length + constant, with `(g,)` float32 parts, one for each context.
+    """|d - d^| <= residual * rest + share * norm * length + constant, with `(g,)` float32 parts, one for each context.
 
-    Made of `(g, m, dim)` contexts and what they were rounded to for the product, perhaps themselves. Without
-    `full_float32` the product may round its inputs again, to TF32 or bfloat16.
+    Made of `(g, m, dim)` contexts and what they were rounded to for the product, perhaps themselves; with `(dim, p)`
+    axes that is their coordinates. Without `full_float32` the product may round its inputs again, to TF32 or bfloat16.
     """
 
-    def __init__(self, context: Tensor, rounded: Tensor, full_float32: bool) -> None:
+    def __init__(self, context: Tensor, rounded: Tensor, full_float32: bool, axes: Tensor | None = None) -> None:
         dim, m = context.shape[-1], context.shape[-2]
-        length = upper_norms(context).amax(dim=-1)  # of the longest context vector
+        length = rest = upper_norms(context).amax(dim=-1)  # of the longest context vector
         taken = torch.zeros_like(length)
-        if rounded is not context:
-            taken = upper_norms(context - rounded.to(context.dtype)).amax(dim=-1)
         gamma = (dim + m + 32) * 2.0**-22 + (0 if full_float32 else 2 * BFLOAT16_STEP)
+        if axes is not None:
+            context, axes = context.cpu().double(), axes.cpu().double()  # some devices have no float64
+            on_axes = context @ axes
+            taken = upper_norms(on_axes - rounded.cpu()).amax(dim=-1).to(length.device)
+            rest = upper_norms(context - on_axes @ axes.T).amax(dim=-1).to(length.device)
+            gamma *= 2
+        elif rounded is not context:
+            taken = upper_norms(context - rounded.to(context.dtype)).amax(dim=-1)
         swell = 1 + 2 * BFLOAT16_STEP  # a rounded vector may be longer than the vector was
         share = swell * (taken / length + gamma * swell) + SUBNORMAL * math.sqrt(dim) / length
         constant = SUBNORMAL * (dim + math.sqrt(dim) * length)
         # Rounding must not lower them.
-        self.length, self.share, self.constant = ((1 + 2.0**-18) * part for part in (length, share, constant))
+        self.length, self.share, self.constant, self.rest = (
+            (1 + 2.0**-18) * part for part in (length, share, constant, rest)
+        )
 
     def of(self, norms: Tensor, residuals: Tensor | None = None, which: Any = slice(None)) -> Tensor:
         """Bounds for candidates of these norms and residuals in the contexts that `which` picks; the three broadcast.
@@ -64,7 +76,7 @@ class DotError:
         """
         length = self.length[which]
         error = norms * (2 * length) * (self.share[which] / 2) + self.constant[which]
-        return error if residuals is None else error + residuals * length
+        return error if residuals is None else error + residuals * self.rest[which]
 
 
 def upper_norms(vectors: Tensor) -> Tensor:

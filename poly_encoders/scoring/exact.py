@@ -1,56 +1,42 @@
 """Scores that depend on the two texts' vectors alone: not on what else is scored, in which pieces, by how many threads.
 
 A matrix product in floating point gives slightly different sums for other shapes or other threads, which would order
-near ties differently and part exact duplicates. Here vectors are cut into slices of so few bits that the products of
-two slices add up without rounding in float64, in any order (Ozaki et al., "Error-free transformations of matrix
-multiplication by using fast routines of matrix multiplication and its applications", Numerical Algorithms 59, 2012).
+near ties differently and part exact duplicates. Here every dot product is added up in float64 in one order, number by
+number; products of two float32 numbers are exact there. That is slow, and for the few that are left.
 """
-
-import functools
-import math
 
 import torch
 from torch import Tensor
 
-MOST_SLICES = 8  # 168 bits at dim 768; two or three hold ordinary vectors
+PRODUCTS_AT_ONCE = 2**20  # 8 MiB
 
 
-class Slices:
-    """`(..., dim)` vectors as a sum of float64 parts of few bits each (21 for dim = 768), the largest first.
-
-    As many as it takes until nothing is left of any vector, so that they are the vectors and not near them.
-    """
-
-    def __init__(self, vectors: Tensor) -> None:
-        bits = (53 - math.ceil(math.log2(max(2, vectors.shape[-1]))) - 1) // 2
-        rest = vectors.cpu().double() if vectors.device.type == "mps" else vectors.double()  # mps has no float64
-        largest = rest.abs().amax(dim=-1, keepdim=True)
-        # The power of two above it, without rounding, so that scaling by it is exact; 1 for a vector of zeros.
-        step = torch.where(largest > 0, largest / torch.frexp(largest).mantissa, 1.0)
-        self.parts: list[Tensor] = []
-        while not self.parts or (len(self.parts) < MOST_SLICES and bool(rest.any())):
-            step = step * 2.0**-bits
-            self.parts.append((rest / step).round_().mul_(step))
-            rest = rest - self.parts[-1]
-
-
-def exact_scores(context: Slices, candidates: Slices, padding: Tensor | None, scale: float) -> Tensor:
+def exact_scores(context: Tensor, candidates: Tensor, padding: Tensor | None, scale: float) -> Tensor:
     """Scores of `(..., s, dim)` candidates for `(..., m, dim)` contexts: `(..., s)` float32, rounded once, at the end.
 
     `padding`, `(..., m)`, is true where a context vector takes no part, which must come after those that do.
     """
-    # All slices with all in one product, and their sums from the smallest up, in an order of our own.
-    s, m = candidates.parts[0].shape[-2], context.parts[0].shape[-2]
-    products = torch.cat(candidates.parts, dim=-2) @ torch.cat(context.parts, dim=-2).transpose(-1, -2)
-    pairs = [(i, j) for i in range(len(candidates.parts)) for j in range(len(context.parts))]
-    ordered = sorted(pairs, key=sum, reverse=True)
-    terms = [products[..., i * s : (i + 1) * s, j * m : (j + 1) * m] for i, j in ordered]
-    dots = functools.reduce(torch.add, terms)
+    if context.device.type == "mps":  # has no float64
+        context, candidates = context.cpu(), candidates.cpu()
+    context = context.double()[..., None, :, :]
+    rows = max(1, PRODUCTS_AT_ONCE // context.numel())
+    dots = torch.cat(
+        [_sum_by_halves(some.double()[..., None, :] * context) for some in candidates.split(rows, dim=-2)], -2
+    )
     logits = dots * scale
     if padding is not None:
         logits = logits.masked_fill(padding[..., None, :].to(dots.device), -torch.inf)
-    weights = (logits - logits.amax(dim=-1, keepdim=True)).exp()
+    weights = (logits - logits.amax(dim=-1, keepdim=True)).exp_()
     return (ordered_sum(weights * dots) / ordered_sum(weights)).float()
+
+
+def _sum_by_halves(terms: Tensor) -> Tensor:
+    """The sum over the last axis, in place: the first half and the second, number by number, till one is left."""
+    while (width := terms.shape[-1]) > 1:
+        half = (width + 1) // 2
+        terms[..., : width - half] += terms[..., half:]
+        terms = terms[..., :half]
+    return terms[..., 0]
 
 
 def ordered_sum(terms: Tensor) -> Tensor:

@@ -21,8 +21,7 @@ DOTS_AT_ONCE = 2**22
 MOST_ROWS = 65536
 ROWS_TO_ROUND = 8192  # in a piece whose rounded copy is made on the way
 FEWEST_ROWS = 1024
-FIRST_ROWS = 1024  # nobody can be excluded yet, so all of them get a rough score
-GROWTH = 64  # of the pieces, and of the candidates seen between two settlements
+CLEAR = 256  # a context with more candidates in a piece that cannot be excluded wants a higher threshold
 GPU_MEMORY_SHARE = 8  # a piece may take one part in eight of what is free
 PAIR_BYTES = 64  # beside its dots, what a pair of context and candidate takes that cannot be excluded
 
@@ -32,7 +31,8 @@ class Piece:
 
     def __init__(self, reader: CandidateReader, start: int, size: int) -> None:
         self.reader, self.start, self.size = reader, start, size
-        self.norms = None if reader.prepared is None else self.rounded[1]  # (r,), once they are known
+        # (r,), once they are known
+        self.norms = None if reader.prepared is None else reader.of_prepared(start, start + size)[1]
 
     @functools.cached_property
     def rounded(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -41,19 +41,17 @@ class Piece:
 
 
 def pieces(reader: CandidateReader, *, low: bool, contexts: int, m: int) -> Iterator[Piece]:
-    """The candidates in order, in pieces that grow to what suits the device and these contexts of m vectors."""
+    """The candidates in order, in pieces that suit the device and these contexts of m vectors."""
     if reader.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(reader.device)
         rows = max(FEWEST_ROWS, free // GPU_MEMORY_SHARE // (contexts * (4 * m + PAIR_BYTES) + 6 * reader.dim))
     else:
         most = ROWS_TO_ROUND if low and reader.prepared is None else MOST_ROWS
         rows = min(most, max(FEWEST_ROWS, DOTS_AT_ONCE // (contexts * (m + PAIR_BYTES // 4))))
-    start, size = 0, min(FIRST_ROWS, rows)
-    while left := len(reader) - start:
-        if size == rows:  # equal parts, but round ones: some odd numbers of rows take a product half as long again
-            rows = size = min(rows, math.ceil(left / math.ceil(left / rows) / FEWEST_ROWS) * FEWEST_ROWS)
-        yield Piece(reader, start, min(size, left))
-        start, size = start + min(size, left), min(GROWTH * size, rows)
+    # Equal parts, but round ones: some odd numbers of rows take a product half as long again.
+    rows = min(rows, math.ceil(len(reader) / max(1, math.ceil(len(reader) / rows)) / FEWEST_ROWS) * FEWEST_ROWS)
+    for start in range(0, len(reader), max(1, rows)):
+        yield Piece(reader, start, min(rows, len(reader) - start))
 
 
 class Pairs(NamedTuple):
@@ -62,7 +60,8 @@ class Pairs(NamedTuple):
     which: Tensor  # the context
     candidate: Tensor
     score: Tensor
-    slack: Tensor  # how far at most the score is off
+    least: Tensor  # the true score is surely as much
+    most: Tensor  # and no more
     rough: Tensor  # whether float32 would know better
 
     def at(self, places: Tensor) -> "Pairs":
@@ -79,49 +78,87 @@ class Pass:
         precision: In float32, or else in bfloat16: `"exact"` with bounds, `"bfloat16"` without.
         workspace: Memory for products, empty at first. Fresh memory is slow to write to, so passes that take turns
             share it.
+        axes: `(dim, p)` axes on which the candidates were prepared: an exact pass is of the coordinates on them, in
+            float32, in place of bfloat16.
     """
 
     def __init__(
-        self, context: Tensor, padding: Tensor | None, scale: float, precision: Precision, workspace: Workspace
+        self,
+        context: Tensor,
+        padding: Tensor | None,
+        scale: float,
+        precision: Precision,
+        workspace: Workspace,
+        axes: Tensor | None = None,
     ) -> None:
         low, bounded = precision != "float32", precision != "bfloat16"
         self.context, self.padding, self.scale, self.low, self.workspace = context, padding, scale, low, workspace
+        self.axes = axes = axes if precision == "exact" else None
         if padding is not None:
             # Zeros would have the largest dot where all others are negative; another copy of a real vector has not.
             first = (~padding).int().argmax(dim=1)
             context = torch.where(padding[..., None], context.take_along_dim(first[:, None, None], dim=1), context)
-        self.kept = context.to(torch.bfloat16 if low else torch.float32)
+        if axes is None:
+            self.kept = context.to(torch.bfloat16 if low else torch.float32)
+        else:
+            self.kept = (context.cpu().double() @ axes.cpu().double()).float().to(context.device)
         self.columns = self.kept.flatten(0, 1).T  # (dim, g * m)
         # On a CPU, products of bfloat16 come back in it.
-        self.low_out = low and context.device.type == "cpu"
+        self.low_out = low and axes is None and context.device.type == "cpu"
         self.step = BFLOAT16_STEP if self.low_out and bounded else 0.0
-        known = DotError(context, self.kept, low or full_float32_products(context.device))
+        is_full = (low and axes is None) or full_float32_products(context.device)
+        known = DotError(context, self.kept, is_full, axes)
         self.error: Callable[..., Tensor] = known.of if bounded else lambda norms, *others: norms * 0
         self.lipschitz = lipschitz(context.shape[1])
 
-    def survivors(self, piece: Piece, threshold: Tensor) -> Pairs | None:
+    def survivors(
+        self, piece: Piece, threshold: Tensor, k: int, higher: Callable[[Tensor], Tensor] | None = None
+    ) -> Pairs | None:
         """The pairs of context and candidate whose true score may reach the context's `(g,)` threshold, if any.
 
         Comparisons are turned so that a bound of infinity or NaN excludes nobody.
+
+        Args:
+            piece: The candidates.
+            threshold: `(g,)`.
+            k: How many are wanted.
+            higher: Makes a better threshold of `(g, k)` candidates that are likely to be high; asked where many remain.
         """
         dots, norms, residuals = self._low_dots(piece) if self.low else self._dots(piece)
         dots = dots.view(piece.size, *self.kept.shape[:2])  # (r, g, m)
-        row, which = self._high_enough(dots, threshold, norms, residuals).nonzero().unbind(1)
+        largest = self._largest(dots)
+        high = self._high_enough(largest, threshold, norms, residuals)
+        if higher is not None and piece.size >= k and int(high.sum()) > (CLEAR + k) * len(threshold):
+            threshold = higher(largest.T.topk(k).indices + piece.start)
+            high = self._high_enough(largest, threshold, norms, residuals)
+        row, which = high.nonzero().unbind(1)
         if len(row) == 0:
             return None
         dots = dots[row, which].float()
-        score = self._score(dots, which)
         error = self.error(norms[row], None if residuals is None else residuals[row], which)
-        slack = self.lipschitz * (error + self.step * dots.abs().amax(dim=-1))
-        possible = (~(score + slack < threshold[which])).nonzero().flatten()
+        bounded = self._bounded(dots, error + self.step * dots.abs().amax(dim=-1), which)
+        possible = (~(bounded[2] < threshold[which])).nonzero().flatten()
         rough = torch.full_like(row, self.low, dtype=torch.bool)
-        return Pairs(which, row + piece.start, score, slack, rough).at(possible)
+        return Pairs(which, row + piece.start, *bounded, rough).at(possible)
 
-    def estimates(self, which: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
-        """Rough scores in float32 of `(h, c, dim)` candidates, c for each of the `(h,)` contexts, and their slacks."""
-        score = self._score(vectors.float() @ self.kept[which].transpose(1, 2), (which, None))
-        norms = vector_norms(vectors.flatten(0, 1), 0).view(score.shape)
-        return score, self.lipschitz * self.error(norms, None, (which, None))
+    def estimates(self, which: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rough scores in float32 of `(h, c, dim)` candidates, c for each of the `(h,)` contexts, and their bounds."""
+        dots = vectors.float() @ self.kept[which].transpose(1, 2)
+        norms = vector_norms(vectors.flatten(0, 1), 0).view(dots.shape[:-1])
+        return self._bounded(dots, self.error(norms, None, (which, None)), (which, None))
+
+    def surely(self, reader: CandidateReader, likely: Tensor) -> Tensor:
+        """What all of some `(g, k)` different candidates score at least, `(g,)`: so the k-th best of all does."""
+        vectors = reader.take(likely.flatten()).unflatten(0, likely.shape)
+        least = self.estimates(torch.arange(len(likely), device=likely.device), vectors)[1]
+        return least.nan_to_num(nan=-torch.inf, neginf=-torch.inf).amin(dim=1)
+
+    def _bounded(
+        self, dots: Tensor, error: Tensor, which: Tensor | tuple[Tensor, None]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores of `(..., m)` dots that are off by no more than an error, and their lower and upper bounds."""
+        score, slack = self._score(dots, which), self.lipschitz * error
+        return score, score - slack, torch.minimum(score + slack, dots.amax(dim=-1) + error)
 
     def _score(self, dots: Tensor, which: Tensor | tuple[Tensor, None]) -> Tensor:
         """`sum_i softmax(scale d)_i d_i` of `(..., m)` dots with the contexts that `which` picks."""
@@ -130,20 +167,30 @@ class Pass:
             logits = logits.masked_fill(self.padding[which], torch.finfo(dots.dtype).min)
         return (logits.softmax(dim=-1) * dots).sum(dim=-1)
 
-    def _high_enough(self, dots: Tensor, threshold: Tensor, norms: Tensor, residuals: Tensor | None) -> Tensor:
+    def _largest(self, dots: Tensor) -> Tensor:
+        """The largest of `(r, g, m)` dots, `(r, g)`: of bfloat16 ones the bits.
+
+        The bits of numbers from 0 up order as integers do, which are several times faster to compare, and those of
+        negative numbers are below.
+        """
+        return (dots.view(torch.int16) if self.low_out else dots).amax(dim=-1)
+
+    def _high_enough(self, largest: Tensor, threshold: Tensor, norms: Tensor, residuals: Tensor | None) -> Tensor:
         """`(r, g)`: whether the largest dot may reach the threshold, by the largest error in the piece.
 
         Nearly all end here, in as few steps as can be. Of bfloat16 dots all pass a threshold that the error makes 0.
+        What lies beside axes differs, so that there each has an error of its own.
         """
+        if self.axes is not None and residuals is not None:
+            return ~(largest + self.error(norms[:, None], residuals[:, None]) < threshold)
         error = self.error(norms.amax(), None if residuals is None else residuals.amax())
         threshold = (threshold - error) / (1 + self.step)
         if not self.low_out:
-            return ~(dots.amax(dim=-1) < threshold)
-        # The bits of numbers from 0 up order as integers do, which are several times faster to compare, and those of
-        # negative numbers are below. Lowered by a step, so that rounding the threshold does not raise it.
+            return ~(largest < threshold)
+        # Lowered by a step, so that rounding the threshold does not raise it.
         least = torch.where(threshold > 0, threshold * (1 - BFLOAT16_STEP), -torch.inf).to(torch.bfloat16)
         bits = torch.where(least > 0, least.view(torch.int16), torch.iinfo(torch.int16).min)
-        return dots.view(torch.int16).amax(dim=-1) >= bits
+        return largest >= bits
 
     def _room(self, rows: int) -> Tensor:
         """`(rows, g * m)` for the dots of so many candidates."""
@@ -153,6 +200,9 @@ class Pass:
         return self.workspace[dtype][:size].view(rows, -1)
 
     def _low_dots(self, piece: Piece) -> tuple[Tensor, Tensor, Tensor]:
+        if self.axes is not None:
+            rows, norms, residuals = piece.reader.of_prepared(piece.start, piece.start + piece.size)
+            return torch.mm(rows, self.columns, out=self._room(piece.size)), norms, residuals
         rows, norms, residuals = piece.rounded
         if self.low_out:
             dots = torch.mm(rows, self.columns, out=self._room(piece.size))

@@ -1,6 +1,7 @@
 """The best of very many candidates: a cheap pass over all, and exact scores for the few that it cannot exclude."""
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple, get_args
 
 import numpy as np
@@ -10,10 +11,12 @@ from tqdm.auto import tqdm
 
 from poly_encoders.hardware import has_fast_bf16
 from poly_encoders.scoring.candidates import CandidateReader, PreparedCandidates, check_devices, is_float
-from poly_encoders.scoring.passes import GROWTH, Pairs, Pass, Piece, Precision, Workspace, pieces
+from poly_encoders.scoring.few import PAIRS, best_of_few
+from poly_encoders.scoring.passes import Pairs, Pass, Piece, Precision, Workspace, pieces
 from poly_encoders.scoring.shortlist import Shortlist
 
 CONTEXT_VECTORS_AT_ONCE = 2048  # columns of one matrix product: more gain nothing, and take memory
+GROWTH = 64  # of the candidates seen between two settlements
 WAITING = 2**18  # pairs of context and candidate found and not yet on a shortlist
 
 
@@ -71,20 +74,13 @@ def top_k(
         scores = torch.zeros((len(context), k), dtype=torch.float32, device=context.device)
         return TopK(scores, scores.to(torch.int64))
     if precision is None:
-        precision = "exact" if has_fast_bf16(context.device) else "float32"
-    workspace: Workspace = {}
-    contexts = min(len(context), max(1, CONTEXT_VECTORS_AT_ONCE // context.shape[1]))
-    with (
-        torch.no_grad(),
-        torch.autocast(context.device.type, enabled=False),  # the bounds know nothing of it
-        tqdm(total=len(reader), desc="Ranking", unit="candidate", disable=not show_progress_bar) as bar,
-    ):
-        groups = [_Search(part, reader, k, scale, precision, workspace) for part in context.split(contexts)]
-        for piece in pieces(reader, low=precision != "float32", contexts=contexts, m=context.shape[1]):
-            for group in groups:
-                group.look_at(piece)
-            bar.update(piece.size)
-        found = TopK(*map(torch.cat, zip(*map(_Search.finish, groups), strict=True)))
+        has_axes = reader.prepared is not None and reader.prepared.axes is not None
+        precision = "exact" if has_axes or has_fast_bf16(context.device) else "float32"
+    with torch.no_grad(), torch.autocast(context.device.type, enabled=False):  # the bounds know nothing of it
+        best = None
+        if len(reader) * len(context) <= PAIRS and precision != "bfloat16":
+            best = best_of_few(*_padding_last(context), reader, k, scale)
+        found = TopK(*(best or _best_of_many(context, reader, k, scale, precision, show_progress_bar)))
     if not bool(found.scores.isfinite().all()):
         raise ValueError(
             "Scores overflow float32, so they cannot be ranked: the vectors are too long. Encode them again, or scale "
@@ -93,30 +89,40 @@ def top_k(
     return found
 
 
+def _best_of_many(
+    context: Tensor, reader: CandidateReader, k: int, scale: float, precision: Precision, show_progress_bar: bool
+) -> Iterator[Tensor]:
+    """Scores and indices, `(batch, k)` each, after a pass over all in pieces."""
+    workspace: Workspace = {}
+    contexts = min(len(context), max(1, CONTEXT_VECTORS_AT_ONCE // context.shape[1]))
+    groups = [_Search(part, reader, k, scale, precision, workspace) for part in context.split(contexts)]
+    with tqdm(total=len(reader), desc="Ranking", unit="candidate", disable=not show_progress_bar) as bar:
+        for piece in pieces(reader, low=precision != "float32", contexts=contexts, m=context.shape[1]):
+            for group in groups:
+                group.look_at(piece)
+            bar.update(piece.size)
+        return map(torch.cat, zip(*map(_Search.finish, groups), strict=True))
+
+
 class _Search:
     """One group of `(g, m, dim)` contexts on its way through the candidates; groups take turns in one workspace."""
 
     def __init__(
         self, context: Tensor, reader: CandidateReader, k: int, scale: float, precision: Precision, room: Workspace
     ) -> None:
-        padding = (context == 0).all(dim=-1)
-        padding &= ~padding.all(dim=-1, keepdim=True)  # nothing but zeros is no padding: every score is 0
-        known = None
-        if bool(padding.any()):  # last, where it changes no sum
-            order = padding.int().argsort(dim=1, stable=True)
-            context, known = context.take_along_dim(order[..., None], dim=1), padding.take_along_dim(order, dim=1)
+        context, known = _padding_last(context)
+        axes = None if reader.prepared is None else reader.prepared.axes
         self.approximate = precision == "bfloat16"
         self.float32 = Pass(context, known, scale, "float32", room)
-        self.usual = self.float32 if precision == "float32" else Pass(context, known, scale, precision, room)
-        # Nobody can be excluded of the first piece, so that those would need a look in float32 anyway.
-        self.sweep = self.usual if self.approximate else self.float32
+        self.usual = self.float32 if precision == "float32" else Pass(context, known, scale, precision, room, axes)
         self.shortlist = Shortlist(self.float32, reader, k, self.approximate)
         self.found: list[Pairs] = []
         self.seen = self.seen_when_settled = 0
 
     def look_at(self, piece: Piece) -> None:
         """Sweep over a piece of the candidates, and note who may be among the best."""
-        found = self.sweep.survivors(piece, self.shortlist.threshold)
+        higher = None if self.approximate else self.shortlist.raise_thresholds
+        found = self.usual.survivors(piece, self.shortlist.threshold, self.shortlist.k, higher)
         self.found += [] if found is None else [found]
         self.seen += piece.size
         # Thresholds rise ever more slowly: it is enough to raise them when that many times more candidates were seen.
@@ -136,10 +142,20 @@ class _Search:
         if not self.found:
             return
         looked_at = (self.seen - self.seen_when_settled) * self.shortlist.contexts
-        if self.seen_when_settled and not self.approximate and self._waiting() > looked_at // 10:
+        if not self.approximate and self._waiting() > looked_at // 10:
             self.usual = self.float32  # bfloat16 excludes too little to be worth its pass
         self.shortlist.add(self.found)
-        self.found, self.seen_when_settled, self.sweep = [], self.seen, self.usual
+        self.found, self.seen_when_settled = [], self.seen
+
+
+def _padding_last(context: Tensor) -> tuple[Tensor, Tensor | None]:
+    """`(b, m, dim)` vectors with the padding behind the others, where it changes no sum, and `(b, m)` where it is."""
+    padding = (context == 0).all(dim=-1)
+    padding &= ~padding.all(dim=-1, keepdim=True)  # nothing but zeros is no padding: every score is 0
+    if not bool(padding.any()):
+        return context, None
+    order = padding.int().argsort(dim=1, stable=True)
+    return context.take_along_dim(order[..., None], dim=1), padding.take_along_dim(order, dim=1)
 
 
 def _checked_context(context: Tensor | np.ndarray) -> Tensor:
@@ -159,7 +175,8 @@ def _checked_context(context: Tensor | np.ndarray) -> Tensor:
         )
     used = (context != 0).any(dim=-1).any(dim=0)
     used[0] |= ~used.any()  # nothing but zeros is no padding
-    return context.detach()[:, used]  # where contexts have few turns, most of the m are padding in all of them
+    # Where contexts have few turns, most of the m are padding in all of them.
+    return context.detach() if bool(used.all()) else context.detach()[:, used]
 
 
 def _checked(context: Tensor, candidates: CandidateReader, k: int, scale: float, precision: str | None) -> int:

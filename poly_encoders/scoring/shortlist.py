@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from poly_encoders.scoring.candidates import CandidateReader
-from poly_encoders.scoring.exact import Slices, exact_scores
+from poly_encoders.scoring.exact import exact_scores
 from poly_encoders.scoring.passes import Pairs, Pass
 
 AT_ONCE = 2**20  # numbers gathered at a time, of all contexts together
@@ -34,7 +34,12 @@ class Shortlist:
         self.contexts = len(closer.context)
         self.threshold = torch.full((self.contexts,), -torch.inf, dtype=torch.float32, device=closer.context.device)
         none = self.threshold[:0]
-        self.pairs = Pairs(none.long(), none.long(), none, none, none.bool())
+        self.pairs = Pairs(none.long(), none.long(), none, none, none, none.bool())
+
+    def raise_thresholds(self, likely: Tensor) -> Tensor:
+        """The thresholds, raised to what `(g, k)` different candidates surely score, if that is higher."""
+        self.threshold = torch.maximum(self.threshold, self.closer.surely(self.reader, likely))
+        return self.threshold
 
     def add(self, found: list[Pairs]) -> None:
         """Put pairs on the list, raise the thresholds, and strike out who is below them."""
@@ -43,8 +48,6 @@ class Shortlist:
             self._score_exactly((~self.pairs.score.isfinite()).nonzero().flatten())  # those that bfloat16 cannot hold
             self._keep_best()
             return
-        places, rank = self._ranked(self.pairs.score)
-        self._look_closer(places[rank < self.k])  # the most likely: better estimates give higher thresholds
         self._strike()
         if self._is_long():
             self._look_closer(self._all())
@@ -74,17 +77,16 @@ class Shortlist:
         """Put float32 estimates in those of the places where they are still rough."""
         places = places[self.pairs.rough[places]]
         for here, contexts, vectors, there in self._gathered(places):
-            score, slack = self.closer.estimates(contexts, vectors)
-            self.pairs.score[here], self.pairs.slack[here] = score[there], slack[there]
+            for column, found in zip(self.pairs[2:5], self.closer.estimates(contexts, vectors), strict=True):
+                column[here] = found[there]
         self.pairs.rough[places] = False
 
     def _score_exactly(self, places: Tensor) -> None:
         for here, contexts, vectors, there in self._gathered(places):
             padding = None if self.closer.padding is None else self.closer.padding[contexts]
-            slices = Slices(self.closer.context[contexts]), Slices(vectors)
-            score = exact_scores(*slices, padding, self.closer.scale)
-            self.pairs.score[here] = score.to(self.threshold.device)[there]
-        self.pairs.slack[places] = 0
+            score = exact_scores(self.closer.context[contexts], vectors, padding, self.closer.scale)
+            for column in self.pairs[2:5]:
+                column[here] = score.to(self.threshold.device)[there]
         self.pairs.rough[places] = False
 
     def _gathered(self, places: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]]:
@@ -125,9 +127,8 @@ class Shortlist:
 
     def _strike(self) -> None:
         """Raise the thresholds to what k candidates surely score, and strike out who cannot."""
-        which, _, score, slack, _ = self.pairs
-        self._raise_thresholds((score - slack).nan_to_num(nan=-torch.inf, neginf=-torch.inf))
-        self.pairs = self.pairs.at((~(score + slack < self.threshold[which])).nonzero().flatten())
+        self._raise_thresholds(self.pairs.least.nan_to_num(nan=-torch.inf, neginf=-torch.inf))
+        self.pairs = self.pairs.at((~(self.pairs.most < self.threshold[self.pairs.which])).nonzero().flatten())
 
     def _keep_best(self) -> None:
         """Take the scores for true, and keep the k best of each context, equal ones by their indices."""

@@ -16,6 +16,17 @@ def _lengths(n: int) -> Tensor:
     return torch.logspace(-1, 1, n)[torch.randperm(n), None]
 
 
+def _spectrum(dim: int) -> Tensor:
+    """Falling, so that a few coordinates hold nearly all."""
+    return torch.logspace(0, -2, dim)
+
+
+def _flattened(vectors: Tensor) -> Tensor:
+    """Vectors that lie almost in a few of the directions, as those of real texts do."""
+    rotation = torch.linalg.qr(torch.randn(vectors.shape[-1], vectors.shape[-1], generator=torch.manual_seed(7)))[0]
+    return (vectors * _spectrum(vectors.shape[-1])) @ rotation.T
+
+
 MAKERS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "normal": lambda y, x: (y, x),
     "one direction": lambda y, x: (y.abs(), x.abs()),
@@ -29,6 +40,8 @@ MAKERS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "tiny": lambda y, x: (y * 1e-19, x * 1e-15 * _lengths(len(x))),
     "subnormal": lambda y, x: (y, x * 1e-39 * _lengths(len(x))),
     "zeros": lambda y, x: (y, torch.where(torch.rand(len(x), 1) < 0.5, 0.0, x)),
+    "few directions": lambda y, x: (_flattened(y), _flattened(x)),
+    "contexts beside the axes": lambda y, x: (y, x * _spectrum(x.shape[-1])),
     "same context vectors": lambda y, x: (y[:, :1].expand_as(y).clone(), x),
 }
 KINDS = list(MAKERS)

@@ -61,12 +61,13 @@ class ModelArguments(StartArguments):
     learn_final_temperature: bool | None = option(None, "Train it (poly).")
     last_turn_share: float | None = option(None, "How much of the last turn is in each turn's vector (poly).")
     learn_last_turn_share: bool | None = option(None, "Train it (poly).")
+    code_std: float | None = option(None, "Standard deviation of new codes (poly).")
     max_turn_length: int | None = option(None, "Tokens of a turn that make one vector; a longer one is split (poly).")
 
     def poly_options(self) -> dict[str, Any]:
         """What a Poly-encoder takes beyond what others do, where it is given."""
         names = ("num_codes", "context_vectors", "normalize", "final_temperature", "last_turn_share")
-        fields = ("learn_final_temperature", "learn_last_turn_share", "max_turn_length")
+        fields = ("learn_final_temperature", "learn_last_turn_share", "code_std", "max_turn_length")
         config = {name: getattr(self, name) for name in fields if getattr(self, name) is not None}
         return {**{name: getattr(self, name) for name in names}, "config_kwargs": config}
 

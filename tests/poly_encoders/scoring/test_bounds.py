@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from poly_encoders.modeling import poly_score
+from poly_encoders.scoring import prepare
 from poly_encoders.scoring.bounds import lipschitz
 from poly_encoders.scoring.candidates import CandidateReader
 from poly_encoders.scoring.passes import Pass, Piece
@@ -13,10 +14,14 @@ from vectors import KINDS, vectors
 
 
 def swept(context, candidates, threshold=-torch.inf, precision="exact", scale=1.0):
-    """What a pass over all candidates lets through."""
-    sweep = Pass(context, None, scale, precision, {})
-    piece = Piece(CandidateReader(candidates), 0, len(candidates))
-    return sweep.survivors(piece, torch.as_tensor(threshold).expand(len(context)))
+    """What a pass over all candidates lets through; `"axes"` is an exact one of those that are prepared on axes."""
+    held, axes = candidates, None
+    if precision == "axes":
+        held, precision = prepare(candidates, form="axes"), "exact"
+        axes = held.axes
+    sweep = Pass(context, None, scale, precision, {}, axes)
+    piece = Piece(CandidateReader(held), 0, len(candidates))
+    return sweep.survivors(piece, torch.as_tensor(threshold).expand(len(context)), 1)
 
 
 def gradient_length(dots):
@@ -48,7 +53,7 @@ def test_ascent_finds_no_faster_dots():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("precision", ["exact", "float32"])
+@pytest.mark.parametrize("precision", ["exact", "axes", "float32"])
 @pytest.mark.parametrize(
     ("scale", "dtype"), [(1.0, torch.float32), (0.2, torch.float32), (0.2, torch.float64), (1.0, torch.bfloat16)]
 )
@@ -57,7 +62,9 @@ def test_scores_are_within_their_slack_and_only_those_below_the_threshold_are_le
     found = swept(context, candidates, precision=precision, scale=scale)
     assert len(found.which) == 600  # no threshold, so everyone survives
     true = poly_score(context.double(), candidates.double(), scale)
-    assert not ((found.score.double() - true[found.which, found.candidate]).abs() > found.slack.double()).any()
+    its_own = true[found.which, found.candidate]
+    assert not (found.least.double() > its_own).any()
+    assert not (found.most.double() < its_own).any()
     for place in (0, 3, 50):
         threshold = true.sort(dim=1, descending=True).values[:, place].float()
         found = swept(context, candidates, threshold, precision, scale)
@@ -76,9 +83,10 @@ def test_the_bound_holds_where_every_rounding_goes_the_same_way(dim, rounded):
     context, candidate = (torch.ones(dim), tie) if rounded == "candidate" else (tie, torch.ones(dim))
     sweep = Pass(context[None, None], None, 1.0, "exact", {})
     sweep.step = 0.0  # its products are handed over exactly: small whole multiples of 2^-7 or nearly 0
-    found = sweep.survivors(Piece(CandidateReader(candidate[None]), 0, 1), torch.full((1,), -torch.inf))
+    found = sweep.survivors(Piece(CandidateReader(candidate[None]), 0, 1), torch.full((1,), -torch.inf), 1)
     off = (found.score.double() - context.double() @ candidate.double()).abs()
-    assert 0.8 * found.slack < off <= found.slack
+    slack = found.score - found.least
+    assert 0.8 * slack < off <= slack
 
 
 @pytest.mark.parametrize("threshold", [1.0, 1.5, 100.0, 1 / 3, 2 / 3, 1e-30, 0.0, -1.0])
@@ -89,10 +97,10 @@ def test_with_no_error_the_filter_lets_in_all_that_output_rounding_may_have_lowe
     true = torch.tensor([threshold, threshold + 1e-3 * abs(threshold)])
     lowered = (true * (1 - 2.0**-9)).to(torch.bfloat16).view(2, 1, 1)
     zeros = torch.zeros(2)
-    assert sweep._high_enough(lowered, torch.tensor([threshold]), zeros, zeros).all()
+    assert sweep._high_enough(sweep._largest(lowered), torch.tensor([threshold]), zeros, zeros).all()
     if threshold > 0:
         far_below = (true * 0.97).to(torch.bfloat16).view(2, 1, 1)
-        assert not sweep._high_enough(far_below, torch.tensor([threshold]), zeros, zeros).any()
+        assert not sweep._high_enough(sweep._largest(far_below), torch.tensor([threshold]), zeros, zeros).any()
 
 
 def test_the_bound_leaves_few():
@@ -112,5 +120,6 @@ def test_float32_products_in_less_than_float32_are_allowed_for(setting):
     finally:
         torch.set_float32_matmul_precision(before)
     true = poly_score(context.double(), candidates.double())[found.which, found.candidate]
-    assert ((found.score.double() - true).abs() <= found.slack.double()).all()
-    assert math.isfinite(found.slack.max())
+    assert (found.least.double() <= true).all()
+    assert (true <= found.most.double()).all()
+    assert math.isfinite((found.most - found.least).max())

@@ -1,5 +1,7 @@
 """Preparing candidates, and reading them from whatever holds them."""
 
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
@@ -10,19 +12,42 @@ from vectors import KINDS, vectors
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("form", ["bfloat16", "axes"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
-def test_lengths_are_upper_bounds(kind, dtype):
+def test_lengths_are_upper_bounds(kind, form, dtype):
     candidates = vectors(kind, b=1, m=1, n=64, dim=96)[1].to(dtype)
     candidates = candidates[candidates.isfinite().all(dim=1)]  # float16 cannot hold the huge ones
-    prepared = prepare(candidates)
+    prepared = prepare(candidates, form=form)
     exact, low = candidates.double(), prepared.low.double()
-    assert prepared.low.dtype == torch.bfloat16
+    if form == "axes" and len(candidates):
+        assert prepared.low.dtype == torch.float32
+        assert prepared.low.shape[1] <= 48
+        low = low @ prepared.axes.double().T
+    else:
+        assert prepared.low.dtype == torch.bfloat16
+    lacking = (exact - low).norm(dim=1)
     assert prepared.norms.dtype == prepared.residuals.dtype == torch.float32
-    assert (prepared.norms.double() >= exact.norm(dim=1)).all()
-    assert (prepared.residuals.double() >= (exact - low).norm(dim=1)).all()
+    assert not (prepared.norms.double() < exact.norm(dim=1)).any()
+    assert not (prepared.residuals.double() < lacking).any()
     if kind == "normal":
         torch.testing.assert_close(prepared.norms.double(), exact.norm(dim=1), rtol=1e-4, atol=0)
-        torch.testing.assert_close(prepared.residuals.double(), (exact - low).norm(dim=1), rtol=1e-4, atol=1e-9)
+        torch.testing.assert_close(prepared.residuals.double(), lacking, rtol=1e-3, atol=1e-9)
+
+
+def test_axes_are_made_where_few_hold_most_and_products_of_bfloat16_are_slow():
+    few, normal = vectors("few directions", 1, 1, 5000, 96)[1], vectors("normal", 1, 1, 5000, 96)[1]
+    with mock.patch("poly_encoders.scoring.candidates.has_fast_bf16", return_value=False):
+        axes = prepare(few).axes
+        assert axes.shape[0] == 96
+        assert axes.shape[1] == 32
+        torch.testing.assert_close(axes.T @ axes, torch.eye(32), rtol=0, atol=1e-5)
+        assert prepare(normal).axes is None
+        assert prepare(few[:1000]).axes is None  # so few take no time
+        assert prepare(torch.zeros(5000, 96)).axes is None
+    with mock.patch("poly_encoders.scoring.candidates.has_fast_bf16", return_value=True):
+        assert prepare(few).axes is None
+    with pytest.raises(ValueError, match="'bfloat16' or 'axes', not 'int8'"):
+        prepare(few, form="int8")
 
 
 def test_what_is_prepared_refers_to_the_vectors():

@@ -1,16 +1,20 @@
 """Scores that do not depend on what else is scored."""
 
+import math
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from poly_encoders.modeling import poly_score
-from poly_encoders.scoring.exact import Slices, exact_scores, ordered_sum
+from poly_encoders.scoring import exact
+from poly_encoders.scoring.exact import PRODUCTS_AT_ONCE, exact_scores, ordered_sum
 
 
 def scores_of(context, rows, scale=1.0, padding=None):
-    return exact_scores(Slices(context), Slices(rows), padding, scale)
+    return exact_scores(context, rows, padding, scale)
 
 
 @given(seed=st.integers(0, 10**6), dim=st.integers(1, 900), m=st.integers(1, 9), step=st.integers(1, 40))
@@ -32,22 +36,21 @@ def test_they_are_the_plain_scores(scale, size):
     torch.testing.assert_close(scores_of(context, rows, scale).double(), expected, rtol=1e-7, atol=1e-7)
 
 
-@pytest.mark.parametrize("dim", [1, 2, 3, 384, 768, 1024, 4096])
-def test_slices_are_the_vectors(dim):
+@pytest.mark.parametrize("dim", [1, 2, 3, 7, 384, 4096])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_dots_are_right_to_float64_whatever_the_pieces_and_threads(dim, threads):
     torch.manual_seed(0)
-    vectors = torch.randn(20, dim) * torch.logspace(-40, 30, 20)[:, None]
-    assert torch.equal(sum(Slices(vectors).parts), vectors.double())
-
-
-@pytest.mark.parametrize("dim", [2, 7, 384, 768, 4096])
-def test_products_of_slices_are_exact_at_their_worst(dim):
-    """All bits set and all signs alike: the largest sum that must still fit in float64."""
-    slices = Slices(torch.full((1, dim), 1 - 2.0**-50, dtype=torch.float64))
-    assert len(slices.parts) > 1
-    for one in slices.parts:
-        for other in slices.parts:
-            product = int(one[0, 0] * 2.0**100) * int(other[0, 0] * 2.0**100) * dim  # in whole numbers
-            assert int((one @ other.T).item() * 2.0**200) == product
+    context, rows = torch.randn(1, dim), torch.randn(50, dim) * torch.logspace(-20, 15, 50)[:, None]
+    expected = [math.fsum((row.double() * context[0].double()).tolist()) for row in rows]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for most in (PRODUCTS_AT_ONCE, dim, 3 * dim):
+            with mock.patch.object(exact, "PRODUCTS_AT_ONCE", most):
+                torch.testing.assert_close(scores_of(context, rows), torch.tensor(expected), rtol=1e-6, atol=0)
+                assert torch.equal(scores_of(context, rows), scores_of(context.double(), rows.double()))
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("outlier", [1e4, 1e7, 1e10, 1e13])

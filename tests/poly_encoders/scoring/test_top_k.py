@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from poly_encoders import PolyEncoder, poly_score
 from poly_encoders.scoring import TopK, passes, prepare, search, shortlist, top_k
-from poly_encoders.scoring.exact import Slices, exact_scores
+from poly_encoders.scoring.exact import exact_scores
 from vectors import KINDS, vectors
 
 
@@ -22,7 +22,7 @@ def score_everything(context, candidates, k, scale=1.0):
     for y in context:
         padding = (y == 0).all(dim=-1)
         real = y if padding.all() else y[~padding]
-        found = exact_scores(Slices(real), Slices(candidates), None, scale).sort(descending=True, stable=True)
+        found = exact_scores(real, candidates, None, scale).sort(descending=True, stable=True)
         rows.append(found.values[:k])
         order.append(found.indices[:k])
     return TopK(torch.stack(rows), torch.stack(order))
@@ -37,16 +37,18 @@ def assert_exact(context, candidates, k, held=None, precisions=("exact", "float3
     """`top_k`, of candidates as they are held, is as scoring everything."""
     expected = score_everything(context, candidates, k, scale)
     for precision in precisions:
-        found = top_k(context, candidates if held is None else held, k, precision=precision, scale=scale)
-        assert_equal(found, expected)
+        for most_of_few in (search.PAIRS, 0):
+            with mock.patch.object(search, "PAIRS", most_of_few):
+                found = top_k(context, candidates if held is None else held, k, precision=precision, scale=scale)
+            assert_equal(found, expected)
 
 
 @contextmanager
 def small_pieces(rows=7, growth=2):
     """Pieces and shortlists so small that a few hundred candidates pass through everything."""
     with (
-        mock.patch.multiple(passes, FIRST_ROWS=3, FEWEST_ROWS=2, MOST_ROWS=rows, ROWS_TO_ROUND=rows, GROWTH=growth),
-        mock.patch.multiple(search, GROWTH=growth, WAITING=40, CONTEXT_VECTORS_AT_ONCE=12),
+        mock.patch.multiple(passes, FEWEST_ROWS=2, MOST_ROWS=rows, ROWS_TO_ROUND=rows, CLEAR=3),
+        mock.patch.multiple(search, GROWTH=growth, WAITING=40, CONTEXT_VECTORS_AT_ONCE=12, PAIRS=0),
         mock.patch.multiple(shortlist, AT_ONCE=100, LONG=5),
         mock.patch("poly_encoders.scoring.candidates.ROWS_AT_ONCE", 4),
     ):
@@ -54,10 +56,10 @@ def small_pieces(rows=7, growth=2):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("prepared", "k"), [(False, 10), (True, 1)])
-def test_hard_vectors_are_ranked_exactly(kind, prepared, k):
+@pytest.mark.parametrize(("form", "k"), [(None, 10), ("bfloat16", 1), ("axes", 1), ("axes", 10)])
+def test_hard_vectors_are_ranked_exactly(kind, form, k):
     context, candidates = vectors(kind, b=3, m=5, n=90, dim=48)
-    held = prepare(candidates) if prepared else candidates
+    held = prepare(candidates, form=form) if form else candidates
     assert_exact(context, candidates, k, held)
     with small_pieces():
         assert_exact(context, candidates, k, held)
@@ -75,14 +77,15 @@ def test_hard_vectors_are_ranked_exactly(kind, prepared, k):
     precision=st.sampled_from(["exact", "float32"]),
     scale=st.sampled_from([1.0, 0.2, 3.0]),
     padded=st.booleans(),
-    prepared=st.booleans(),
+    form=st.sampled_from([None, "bfloat16", "axes"]),
 )
-def test_any_size_in_any_pieces(kind, seed, b, m, n, k, rows, growth, precision, scale, padded, prepared):
+def test_any_size_in_any_pieces(kind, seed, b, m, n, k, rows, growth, precision, scale, padded, form):
     context, candidates = vectors(kind, b, m, n, dim=16, seed=seed)
     if padded:
         context[torch.rand(b, m) < 0.5] = 0
     with small_pieces(rows, growth):
-        assert_exact(context, candidates, k, prepare(candidates) if prepared else None, [precision], scale)
+        held = prepare(candidates, form=form) if form else None
+        assert_exact(context, candidates, k, held, [precision], scale)
 
 
 @pytest.mark.parametrize("precision", [None, "exact", "float32"])
@@ -127,9 +130,9 @@ def test_where_bfloat16_excludes_too_little_float32_takes_over():
     used = []
     plain = passes.Pass.survivors
 
-    def watched(self, piece, threshold):
+    def watched(self, *args):
         used.append("bfloat16" if self.low else "float32")
-        return plain(self, piece, threshold)
+        return plain(self, *args)
 
     with small_pieces(rows=64), mock.patch.object(passes.Pass, "survivors", watched):
         assert_exact(context, candidates, 3, precisions=["exact"])
@@ -325,7 +328,8 @@ def test_bad_input_is_named(change, error, message):
 
 def test_candidates_that_changed_in_number_since_they_were_prepared(capsys):
     prepared = prepare(torch.randn(6, 4))
-    top_k(torch.randn(2, 3, 4), prepared, 2, show_progress_bar=True)
+    with mock.patch.object(search, "PAIRS", 0):
+        top_k(torch.randn(2, 3, 4), prepared, 2, show_progress_bar=True)
     assert "6/6" in capsys.readouterr().err
     with pytest.raises(ValueError, match="6 candidates were prepared, but there are 7"):
         top_k(torch.randn(2, 3, 4), dataclasses.replace(prepared, vectors=torch.randn(7, 4)), 2)
