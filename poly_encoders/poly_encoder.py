@@ -1,6 +1,7 @@
 """The Poly-encoder as a sentence-transformers model: encode both sides, score, rank, save, load."""
 
 import os
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -12,10 +13,11 @@ from poly_encoders.building import BuildOptions, module_from_encoder, module_fro
 from poly_encoders.cards import PolyEncoderModelCardData
 from poly_encoders.explaining import Explanation, explain
 from poly_encoders.modeling import PolyEncoderConfig
-from poly_encoders.modeling.text_poly_encoder import Context, checked_count
+from poly_encoders.modeling.text_poly_encoder import Context, candidate_texts, checked_count, context_text
 from poly_encoders.poly_encoder_module import PolyEncoderModule
-from poly_encoders.ranker import Task, TextOptions, clear_load_errors, local_path
-from poly_encoders.scoring import score
+from poly_encoders.ranker import Ranked, Task, TextOptions, clear_load_errors, local_path, ranking
+from poly_encoders.scoring import PreparedCandidates, score
+from poly_encoders.scoring import top_k as find_best
 from poly_encoders.two_sided import TwoSidedEncoder, refuse_other_lengths
 
 ContextVectors = Literal["learnt_codes", "first_m", "last_m", "first_and_last_m", "turns", "turns_and_codes"]
@@ -220,6 +222,46 @@ class PolyEncoder(TwoSidedEncoder):
                 f"{len(contexts)} contexts and {len(candidates)} candidates make no pairs; pass as many of each."
             )
         return score(contexts, candidates[:, None], self.final_scale)[:, 0]
+
+    def rank(
+        self,
+        context: Context,
+        candidates: Sequence[str],
+        top_k: int | None = None,
+        return_documents: bool = False,
+        *,
+        candidate_vectors: PreparedCandidates | Vectors | None = None,
+        **options: Any,
+    ) -> list[Ranked]:
+        """Rank candidates for one context, as `Ranker.rank` says, which has the other arguments.
+
+        Args:
+            candidate_vectors: Those of the candidates, `encode_document(candidates)`, or what `scoring.prepare` made of
+                them: then the context alone is encoded, and `scoring.top_k` finds the best.
+
+        Raises:
+            ValueError: vectors of another number than the candidates.
+        """
+        if candidate_vectors is None:
+            return super().rank(context, candidates, top_k, return_documents, **options)
+        texts, k = candidate_texts(candidates), checked_count(top_k, "top_k", least=0)
+        if len(candidate_vectors) != len(texts):
+            raise ValueError(f"{len(texts)} candidates have {len(candidate_vectors)} vectors; give one for each.")
+        if not texts:
+            return []
+        named = {name: options.pop(name, None) for name in ("prompt_name", "prompt")}
+        contexts = self.encode_query(
+            context_text(context, self.turn_separator, self.max_turns),
+            prompt=self.prompt_of("query", **named),
+            convert_to_tensor=True,
+            **{**options, "show_progress_bar": False},
+        )
+        prepared = candidate_vectors
+        if not isinstance(prepared, PreparedCandidates):
+            prepared = self._candidate_vectors(prepared).to(contexts.device)
+        best = find_best(contexts[None], prepared, len(texts) if k is None else k, scale=float(self.final_scale))
+        pairs = zip(best.indices[0].tolist(), best.scores[0].tolist(), strict=True)
+        return ranking(pairs, texts if return_documents else None)
 
     def explain(
         self,

@@ -5,7 +5,7 @@ import os
 import shutil
 import threading
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -159,11 +159,7 @@ class Ranker(HubPushing, WithCard):
         options = {"batch_size": batch_size, "show_progress_bar": show_progress_bar, "device": device, **kwargs}
         scores = self.score_texts(text, list(places), self.prompt_of("query", prompt_name, prompt), **options)
         scores = scores.float().cpu()[[places[candidate] for candidate in texts]]
-        entries = [Ranked(corpus_id=index, score=score) for index, score in best_first(scores, top_k)]
-        if return_documents:
-            for entry in entries:
-                entry["text"] = texts[entry["corpus_id"]]
-        return entries
+        return ranking(best_first(scores, top_k), texts if return_documents else None)
 
     def _inference(self, inputs: list[Any], **kwargs: Any) -> Any:
         outputs = super()._inference(inputs, **kwargs)  # type: ignore[misc]
@@ -191,6 +187,13 @@ class Ranker(HubPushing, WithCard):
     def _save_into(self, folder: str, *args: Any, **kwargs: Any) -> None:
         """Write everything into an empty folder."""
         super().save(folder, *args, **kwargs)  # type: ignore[misc]
+
+
+def ranking(best: Iterable[tuple[int, float]], texts: Sequence[str] | None) -> list[Ranked]:
+    """What `rank` gives of positions with their scores, with the texts where they are given."""
+    if texts is None:
+        return [Ranked(corpus_id=index, score=score) for index, score in best]
+    return [Ranked(corpus_id=index, score=score, text=texts[index]) for index, score in best]
 
 
 def default_separator(tokenizer: Any) -> str:

@@ -8,6 +8,7 @@ from sentence_transformers.sentence_transformer.evaluation import InformationRet
 
 import tiny
 from poly_encoders import PolyEncoder, poly_score
+from poly_encoders.scoring import prepare
 
 CONTEXTS = ["hello", ["a", "b c", "how are you?"], [{"role": "user", "content": "what time is it"}]]
 CANDIDATES = ["yes", "no, not at all", "it is nine", "x"]
@@ -169,6 +170,31 @@ def test_attention_and_temperature_reach_similarity(checkpoints, options, scale)
     candidates = model.encode_document(CANDIDATES, convert_to_tensor=True)
     assert isinstance(model.final_scale, float)
     torch.testing.assert_close(model.similarity(contexts, candidates), poly_score(contexts, candidates, scale))
+
+
+@pytest.mark.parametrize("kind", ["poly_encoder", "codes_encoder"])
+def test_ranking_by_vectors_that_are_there_is_ranking(kind, request):
+    model = request.getfixturevalue(kind)
+    texts = ["yes", "no", "maybe", "yes", "it is nine"]
+    vectors = model.encode_document(texts)
+    for context in CONTEXTS:
+        expected = model.rank(context, texts, top_k=4, return_documents=True)
+        for held in (
+            vectors,
+            torch.from_numpy(vectors),
+            list(vectors),
+            prepare(vectors),
+            prepare(vectors, form="axes"),
+        ):
+            found = model.rank(context, texts, top_k=4, return_documents=True, candidate_vectors=held)
+            assert [entry["text"] for entry in found] == [entry["text"] for entry in expected]
+            assert [entry["score"] for entry in found] == pytest.approx(
+                [entry["score"] for entry in expected], abs=1e-5
+            )
+    assert len(model.rank("hello", texts, candidate_vectors=vectors, prompt="q: ")) == 5
+    assert model.rank("hello", [], candidate_vectors=vectors[:0]) == []
+    with pytest.raises(ValueError, match="4 candidates have 5 vectors"):
+        model.rank("hello", texts[:4], candidate_vectors=vectors)
 
 
 def test_what_makes_no_scores(poly_encoder):
