@@ -2,14 +2,19 @@
 
     python benchmarks/scoring.py    # all of it, some 10 minutes on two cores
     python benchmarks/scoring.py --n 100000 --m 64 --dim 768 --out figures    # the README's table alone, one minute
+    python benchmarks/scoring.py --texts --n 1000 100000    # vectors of real texts, some 15 minutes for encoding them
+    python benchmarks/scoring.py --texts --model models/quickstart-poly-encoder    # of a trained model
 
-Vectors are random: their values matter little for the time. Writes scoring.json and scoring.png into
-benchmarks/results/, or the folder that --out names.
+Without --texts vectors are random, the hardest there are to rank exactly. With it candidates are ChitChat's turns, and
+contexts its conversations, as a Poly-encoder encodes them: one vector a turn; and, as m = 64, by learnt codes that
+start apart. What goes beyond ChitChat's turns are means of two of them. Writes scoring.json and scoring.png (or
+scoring-texts.json) into benchmarks/results/, or the folder that --out names.
 """
 
 import argparse
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +26,12 @@ from rich.table import Table
 from sentence_transformers.util import maxsim
 from torch import Tensor
 
+from poly_encoders import PolyEncoder
+from poly_encoders.hardware import has_fast_bf16
+from poly_encoders.saving import replace_file
 from poly_encoders.scoring import prepare, top_k
+from poly_encoders.training.data.chitchat import chitchat_examples
+from poly_encoders.training.train import checkpoint_path
 
 K = 10
 CONTEXTS = 32
@@ -34,6 +44,7 @@ MANY = f"ours, exact, {CONTEXTS} contexts, each"
 BI, BI_LOW = "bi-encoder, float32", "bi-encoder, bfloat16"
 PRODUCT, PRODUCT_LOW = "bare product, float32", "bare product, bfloat16"
 LATE = "late interaction"
+FLAT, FLAT_MANY = "FAISS flat", f"FAISS flat, {CONTEXTS} queries, each"
 # (ours, the rival, the most that ours may take of its time, where the goals are set)
 GOALS = [
     (EXACT, REFERENCE, 1 / 14),
@@ -46,51 +57,86 @@ GOALS = [
 ]
 
 
-def reference(context: Tensor, candidates: Tensor) -> Any:
+def reference(context: Tensor, candidates: Tensor, scale: float) -> Any:
     """The usual implementation: every candidate attends over the context vectors, and meets what it made of them."""
-    weights = (candidates @ context.T).softmax(dim=-1)  # (n, m)
+    weights = (candidates @ context.T * scale).softmax(dim=-1)  # (n, m)
     attended = weights @ context  # (n, dim): the context as each candidate sees it
     return (attended * candidates).sum(dim=-1).topk(min(K, len(candidates)))
 
 
-def measure(n: int, m: int, dim: int, rounds: int) -> list[dict[str, Any]]:
-    """All methods on the same candidates: one row a method."""
+def random_vectors(n: int, m: int, dim: int) -> tuple[Tensor, Tensor]:
+    """Candidates `(n, dim)` and contexts `(CONTEXTS, m, dim)`."""
     torch.manual_seed(0)
-    candidates, contexts = torch.randn(n, dim), torch.randn(CONTEXTS, m, dim)
-    context, query = contexts[0], contexts[0, 0]
-    prepared = prepare(candidates)
-    low, low_columns, low_query = prepared.low, context.bfloat16().T, query.bfloat16()
+    return torch.randn(n, dim), torch.randn(CONTEXTS, m, dim)
+
+
+def text_vectors(checkpoint: str, n: int, encoded: int) -> Iterator[tuple[str, Tensor, Tensor, float]]:
+    """Kind of context vectors, candidates `(n, dim)`, contexts `(CONTEXTS, m, dim)` and the model's final scale."""
+    torch.manual_seed(0)
+    replies = dict.fromkeys(example.response for example in chitchat_examples("train"))
+    conversations = [example.context for example in chitchat_examples("test")[:: 6773 // CONTEXTS]][:CONTEXTS]
+    lengths: dict[str, Any] = {"max_context_length": 128, "max_candidate_length": 32}
+    model = PolyEncoder(checkpoint, **lengths)
+    vectors = model.encode_document(
+        [*replies][: min(n, encoded)], convert_to_tensor=True, batch_size=128, show_progress_bar=True
+    )
+    pairs = torch.randint(len(vectors), (max(0, n - len(vectors)), 2))
+    vectors = torch.cat([vectors, torch.nn.functional.normalize(vectors[pairs].mean(dim=1), dim=1)])
+    yield "turns", vectors, model.encode_query(conversations, convert_to_tensor=True), float(model.final_scale)
+    if model.model_card_data.is_untrained:  # a checkpoint that both can be built on
+        model = PolyEncoder(checkpoint, context_vectors="learnt_codes", normalize=True, **lengths)
+        yield "codes", vectors, model.encode_query(conversations, convert_to_tensor=True), float(model.final_scale)
+
+
+def measure(candidates: Tensor, contexts: Tensor, scale: float, rounds: int, form: Any) -> list[dict[str, Any]]:
+    """All methods on the same candidates: one row a method."""
+    context = contexts[0][(contexts[0] != 0).any(dim=-1)]
+    query, (n, dim), m = context[0], candidates.shape, len(context)
+    prepared = prepare(candidates, form=form)
+    low = candidates.bfloat16()
+    low_columns, low_query = context.bfloat16().T, query.bfloat16()
     methods: dict[str, Callable[[], Any]] = {
-        REFERENCE: lambda: reference(context, candidates),
-        BI: lambda: (candidates @ query).topk(K),
-        BI_LOW: lambda: (low @ low_query).topk(K),
+        REFERENCE: lambda: reference(context, candidates, scale),
+        BI: lambda: (candidates @ query).topk(min(K, n)),
         PRODUCT: lambda: candidates @ context.T,
-        PRODUCT_LOW: lambda: low @ low_columns,
-        EXACT: lambda: top_k(context[None], prepared, K, precision="exact"),
-        FLOAT32: lambda: top_k(context[None], prepared, K, precision="float32"),
-        BFLOAT16: lambda: top_k(context[None], prepared, K, precision="bfloat16"),
+        EXACT: lambda: top_k(context[None], prepared, K, scale=scale),
+        FLOAT32: lambda: top_k(context[None], candidates, K, scale=scale, precision="float32"),
     }
+    if has_fast_bf16("cpu"):
+        methods |= {
+            BI_LOW: lambda: (low @ low_query).topk(min(K, n)),
+            PRODUCT_LOW: lambda: low @ low_columns,
+            BFLOAT16: lambda: top_k(context[None], prepared, K, scale=scale, precision="bfloat16"),
+        }
+    with contextlib.suppress(ImportError):
+        import faiss
+
+        flat = faiss.IndexFlatIP(dim)
+        flat.add(candidates.numpy())
+        methods[FLAT] = lambda: flat.search(query[None].numpy(), K)
     times = interleaved(methods, rounds)
     if n <= 100_000:
-        methods[MANY] = lambda: top_k(contexts, prepared, K, precision="exact")
-        many = interleaved({MANY: methods[MANY]}, max(2, rounds // 4))
-        times[MANY] = [each / CONTEXTS for each in many[MANY]]
+        methods[MANY] = lambda: top_k(contexts, prepared, K, scale=scale)
+        many = {MANY: methods[MANY]}
+        if FLAT in methods:
+            methods[FLAT_MANY] = many[FLAT_MANY] = lambda: flat.search(contexts[:, 0].contiguous().numpy(), K)
+        for name, each in interleaved(many, max(2, rounds // 4)).items():
+            times[name] = [time / CONTEXTS for time in each]
     if n <= 100_000 and m == 64:  # a million documents would take 16 GB
         tokens, asked = torch.randn(n, DOCUMENT_TOKENS, TOKEN_DIM), torch.randn(1, DOCUMENT_TOKENS, TOKEN_DIM)
-        methods[LATE] = lambda: maxsim(asked, tokens)[0].topk(K)
+        methods[LATE] = lambda: maxsim(asked, tokens)[0].topk(min(K, n))
         times |= interleaved({LATE: methods[LATE]}, max(2, rounds // 4))
-    shape = {"n": n, "m": m, "dim": dim}
     return [
-        {**shape, "method": name, **summary(times[name]), "peak_mib": peak_memory(method)}
+        {"n": n, "m": m, "dim": dim, "method": name, **summary(times[name]), "peak_mib": peak_memory(method)}
         for name, method in methods.items()
     ]
 
 
-def show(rows: list[dict[str, Any]], console: Console) -> None:
+def show(rows: list[dict[str, Any]], console: Console, kind: str) -> None:
     """One table a shape, with the times as ratios to the exact ranking's."""
     n, m, dim = (rows[0][key] for key in ("n", "m", "dim"))
     ours = next(row["median_ms"] for row in rows if row["method"] == EXACT)
-    table = Table(title=f"{n:,} candidates, m = {m}, dim {dim}: the best {K}, one context")
+    table = Table(title=f"{n:,} candidates, m = {m} ({kind}), dim {dim}: the best {K}, one context")
     for heading in ("", "median", "quartiles", "over ours, exact", "memory beside the candidates"):
         table.add_column(heading, justify="right" if heading else "left")
     for row in rows:
@@ -110,7 +156,7 @@ def show_goals(rows: list[dict[str, Any]], console: Console) -> None:
     table = Table(title="100,000 candidates, m = 64, dim 768: goals")
     for heading in ("", "against", "goal: at most", "reached"):
         table.add_column(heading, justify="right" if "goal" in heading or heading == "reached" else "left")
-    for ours, rival, goal in GOALS:
+    for ours, rival, goal in ((ours, rival, goal) for ours, rival, goal in GOALS if {ours, rival} <= times.keys()):
         reached = times[ours] / times[rival]
         colour = "green" if reached <= goal else "red"
         table.add_row(ours, rival, f"{goal:.3f} x", f"[{colour}]{reached:.3f} x[/{colour}]")
@@ -169,19 +215,36 @@ def main() -> None:
     parser.add_argument("--dim", type=int, nargs="+", default=[384, 768])
     parser.add_argument("--rounds", type=int, default=11, help="of each method; fewer from a million candidates on")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--texts", action="store_true", help="vectors of real texts in place of random ones")
+    parser.add_argument(
+        "--model", default="minilm", help="of --texts: a Poly-encoder, or what one is built on (%(default)s)"
+    )
+    parser.add_argument("--encoded", type=int, default=50_000, help="of --texts: most texts to encode (%(default)s)")
+    parser.add_argument("--no_bfloat16", action="store_true", help="as on hardware where it is slow")
     options = parser.parse_args()
-    console, rows = Console(), []
+    form = "axes" if options.no_bfloat16 else None
+    console, rows = Console(width=130), []
+
+    def add(kind: str, candidates: Tensor, contexts: Tensor, scale: float = 1.0) -> None:
+        rounds = options.rounds if len(candidates) < 1_000_000 else max(3, options.rounds // 5)
+        found = [{"vectors": kind, **row} for row in measure(candidates, contexts, scale, rounds, form)]
+        show(found, console, kind)
+        rows.extend(found)
+        text = json.dumps({"machine": machine(), "rows": rows}, indent=1)
+        replace_file(options.out / ("scoring-texts.json" if options.texts else "scoring.json"), text + "\n")
+
     with torch.no_grad():
+        if options.texts:
+            for kind, vectors, contexts, scale in text_vectors(
+                checkpoint_path(options.model), max(options.n), options.encoded
+            ):
+                for n in options.n:
+                    add(kind, vectors[torch.randperm(len(vectors))[:n]].contiguous(), contexts, scale)
+            return
         for dim in options.dim:
             for m in options.m:
                 for n in options.n:
-                    rounds = options.rounds if n < 1_000_000 else max(3, options.rounds // 5)
-                    found = measure(n, m, dim, rounds)
-                    show(found, console)
-                    rows += found
-                    options.out.mkdir(exist_ok=True, parents=True)
-                    file = options.out / "scoring.json"
-                    file.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n", encoding="utf-8")
+                    add("random", *random_vectors(n, m, dim))
     show_goals(rows, console)
     plot(rows, options.out / "scoring.png")
 

@@ -26,6 +26,13 @@ def test_scoring_writes_its_table_and_its_plot(tmp_path):
     assert (tmp_path / "scoring.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_scoring_of_real_texts(tmp_path, sentence_transformer_folder):
+    options = ["--texts", "--model", str(sentence_transformer_folder), "--n", "50", "300", "--encoded", "40"]
+    forks.run([str(BENCHMARKS / "scoring.py"), *options, "--rounds", "1", "--no_bfloat16", "--out", str(tmp_path)])
+    rows = json.loads((tmp_path / "scoring-texts.json").read_text())["rows"]
+    assert {(row["vectors"], row["n"]) for row in rows} == {(kind, n) for kind in ("turns", "codes") for n in (50, 300)}
+
+
 STARTS = {"bi-mean-dot", "bi-last-turn-dot", "poly-turns", "late-interaction"}  # what is not random
 ROWS = {*STARTS, "poly-codes-16", "poly-turns-codes", "cross", "poly-turns-frozen"}
 
