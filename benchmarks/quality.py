@@ -47,6 +47,7 @@ SETTINGS = ("backbone", "layers", "context_length", "steps", "batch")
 BI: dict[str, Any] = {"architecture": "bi-encoder"}
 LAST_TURN: dict[str, Any] = {"context_vectors": "turns", "num_codes": 1, "last_turn_share": 0.0}
 CODES: dict[str, Any] = {"context_vectors": "learnt_codes"}
+PAPERS: dict[str, Any] = {**CODES, "normalize": False}
 FROZEN: dict[str, Any] = {"freeze_candidate_encoder": True, "share_encoders": None}
 
 # What a row changes of the defaults. A Bi-encoder of the last turn is a Poly-encoder with that turn's vector alone.
@@ -61,15 +62,16 @@ ROWS: dict[str, dict[str, Any]] = {
     "poly-turns-plain": {"last_turn_share": 0.0},
     "poly-turns-learnt-share": {"learn_last_turn_share": True},
     "poly-turns-codes": {"context_vectors": "turns_and_codes", "num_codes": 16},
-    **{f"poly-codes-{m}": {**CODES, "num_codes": m} for m in (16, 64, 360)},
-    "poly-codes-64-cosine": {**CODES, "num_codes": 64, "normalize": True},
-    "poly-codes-64-near": {**CODES, "num_codes": 64, "normalize": True, "code_std": 0.05},
+    **{f"poly-codes-{m}": {**PAPERS, "num_codes": m} for m in (16, 64, 360)},
+    "poly-codes-64-cosine": {**CODES, "num_codes": 64},
+    "poly-codes-64-near": {**CODES, "num_codes": 64, "code_std": 0.05},
     **{f"poly-{kind}-m": {"context_vectors": f"{kind}_m", "normalize": True} for kind in ("first", "last")},
     "cross": {"architecture": "cross-encoder", "num_negatives": 3},
     "late-interaction": {},
     "bi-mean-cosine-frozen": {**BI, "reduction": "mean", **FROZEN},
     "bi-last-turn-frozen": {**LAST_TURN, **FROZEN},
     "poly-turns-frozen": FROZEN,
+    "poly-turns-frozen-index": {**FROZEN, "num_index_negatives": 512},
 }
 # Rows that start as another; their seconds are shown over that one's.
 STARTS_AS = {
@@ -77,6 +79,7 @@ STARTS_AS = {
     "bi-mean-cosine-frozen": "bi-mean-cosine",
     "bi-last-turn-frozen": "bi-last-turn-cosine",
     "poly-turns-frozen": "poly-turns",
+    "poly-turns-frozen-index": "poly-turns",
 }
 RANDOM_START = ("poly-codes", "poly-turns-codes", "cross")  # how names of rows with new weights begin
 
@@ -271,7 +274,7 @@ def paired_interval(first: np.ndarray, second: np.ndarray) -> tuple[float, float
 
 def best_bi_encoder(ranks: dict[str, np.ndarray], is_frozen: bool = False) -> str | None:
     """The Bi-encoder of highest R@1 over all seeds: of those whose candidates stay, or of the others."""
-    rows = [row for row in ranks if row.startswith("bi-") and row.endswith("-frozen") == is_frozen]
+    rows = [row for row in ranks if row.startswith("bi-") and "-frozen" in row == is_frozen]
     return max(rows, key=lambda row: recall(ranks[row]), default=None)
 
 
@@ -291,7 +294,7 @@ def summarized(runs: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         if "seconds" in (first := by_row[row][0]):
             found[row] |= {"examples": first["examples"], "settings": first["settings"]}
             found[row]["step_seconds"] = min(run["seconds"] / run["steps"] for run in by_row[row])  # undisturbed
-        rival = best_bi_encoder(ranks, row.endswith("-frozen"))
+        rival = best_bi_encoder(ranks, "-frozen" in row)
         if rival is not None:
             lead, *interval = paired_interval(own, ranks[rival])
             found[row] |= {"lead": lead, "interval": interval, "over": rival}

@@ -92,8 +92,9 @@ class PolyEncoderConfig(PreTrainedConfig):
         output_scaling (`float`, defaults to 1.0):
             A factor on the hidden states of both backbones. The paper's models use 0.06.
         code_std (`float`, defaults to 0.05):
-            Standard deviation of new codes. Near zero, so that a fresh model attends evenly, and on a mean-pooled
-            checkpoint ranks as that checkpoint does.
+            Standard deviation of new codes. Near zero a fresh model attends evenly, and on a mean-pooled checkpoint
+            ranks as that checkpoint does; but all codes then learn the same. `PolyEncoder` starts a new model with
+            cosines at 0.5, where each code looks at other tokens from the first step.
         max_context_length, max_candidate_length (`int`, *optional*):
             Tokens kept of a context (its last) and of a candidate (its first). All that the backbones and the
             tokenizer allow when left out. The paper keeps 360 and 72.

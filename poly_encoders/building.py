@@ -94,8 +94,8 @@ def settings_of(path: str, hub: dict[str, Any]) -> dict[str, Any]:
 def with_defaults(options: dict[str, Any], is_cosine: bool = True) -> dict[str, Any]:
     """A new model's options, with ours where nothing was said: one vector a turn, cosines, one encoder.
 
-    The paper's kinds of context vectors have the paper's other choices, which are `PolyEncoderConfig`'s, but for those
-    that go with cosines: the temperature, and how far codes start from each other.
+    Learnt codes have cosines and one encoder too, and start far from each other. With `normalize=False` they have the
+    paper's choices, which are `PolyEncoderConfig`'s, and so have its other kinds of context vectors.
 
     Args:
         options: Those that were given.
@@ -105,6 +105,8 @@ def with_defaults(options: dict[str, Any], is_cosine: bool = True) -> dict[str, 
     if options.get("context_vectors", "turns") in ("turns", "turns_and_codes"):
         ours = {"context_vectors": "turns", "num_codes": 32, "last_turn_share": 0.5}
         ours |= {"share_encoders": True, "normalize": is_cosine}
+    elif options["context_vectors"] == "learnt_codes" and options.get("normalize", is_cosine):
+        ours = {"share_encoders": True, "normalize": True}
     if options.get("normalize", ours.get("normalize")):
         ours["final_temperature"] = COSINE_TEMPERATURE
     if "final_temperature" in ours and "codes" in options.get("context_vectors", ""):

@@ -32,17 +32,19 @@ class PolyEncoder(TwoSidedEncoder):
         model_name_or_path: A saved Poly-encoder, a SentenceTransformer (whose weights and pooling it starts from), or
             any encoder; a local folder or a Hub id.
         context_vectors: How a context becomes m vectors. A new model has `"turns"`, one vector for each of the last m
-            turns, which needs no training: candidates' vectors are those of the checkpoint. `"learnt_codes"`, with the
-            raw dot products and two encoders that then are the defaults, is the paper's Poly-encoder, to be trained;
-            `"first_m"`, `"last_m"` and `"first_and_last_m"` are the paper's too. `"turns_and_codes"` has m of either.
+            turns, which needs no training: candidates' vectors are those of the checkpoint. `"learnt_codes"`, to be
+            trained, has codes that start far from each other or, with `normalize=False`, is the paper's Poly-encoder:
+            raw dot products, two encoders, codes near zero. `"first_m"`, `"last_m"` and `"first_and_last_m"` are the
+            paper's too. `"turns_and_codes"` has m of either.
         num_codes: m, the number of context vectors. For a new model 32 with turns, else 64.
-        normalize: Vectors of length 1 from both sides, so that scores are cosines: for a new model with turns, unless
-            its checkpoint scores by dot products.
+        normalize: Vectors of length 1 from both sides, so that scores are cosines: for a new model with turns or learnt
+            codes, unless its checkpoint scores by dot products.
         final_temperature: Of the attention over the context vectors. 0.025 for a new model with cosines, else 1.
         last_turn_share: How much of the last turn is in each turn's vector. 0.5 for a new model.
         reduction: How a candidate becomes one vector: `"mean"`, `"first"` or `"first_m_mean"`; a new model follows the
             checkpoint's pooling.
-        share_encoders: One encoder for both sides, as a new model with turns has; or two that start equal.
+        share_encoders: One encoder for both sides, as a new model with turns has, or with codes and cosines; or two
+            that start equal.
         max_context_length, max_candidate_length: Tokens kept: the last of a context, the first of a candidate.
         turn_separator: Text between the turns of a conversation. For a new model a newline or, where the tokenizer
             drops newlines, its separator token.

@@ -69,7 +69,12 @@ def poly_encoder(_poly_encoder):
 @pytest.fixture(scope="session")
 def _codes_encoder(checkpoints):
     torch.manual_seed(0)
-    options = {"context_vectors": "learnt_codes", "num_codes": 4, "config_kwargs": {"code_std": 1.0}}
+    options = {
+        "context_vectors": "learnt_codes",
+        "normalize": False,
+        "num_codes": 4,
+        "config_kwargs": {"code_std": 1.0},
+    }
     return PolyEncoder(checkpoints("bert"), device="cpu", **options)
 
 

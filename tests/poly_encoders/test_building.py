@@ -55,7 +55,7 @@ def test_a_sentence_transformer_brings_weights_pooling_and_ranking(sentence_tran
     """The paper's, when new, ranks as the mean-pooled model's dot products do, because its codes are near zero."""
     original = SentenceTransformer(sentence_transformer_folder, device="cpu")
     pooled = torch.nn.Sequential(*list(original)[:2])
-    codes = {"context_vectors": "learnt_codes", "config_kwargs": {"code_std": 0.0}}
+    codes = {"context_vectors": "learnt_codes", "normalize": False, "config_kwargs": {"code_std": 0.0}}
     model = PolyEncoder(sentence_transformer_folder, num_codes=16, device="cpu", **codes)
     assert model[0].config.reduction == "mean"
     with torch.no_grad():
@@ -96,7 +96,8 @@ def test_prompts_of_a_checkpoint_are_kept(sentence_transformer_folder, tmp_path)
 
 NEW = {"context_vectors": "turns", "num_codes": 32, "share_encoders": True, "last_turn_share": 0.5}
 COSINES, DOTS = {"normalize": True, "final_temperature": 0.025}, {"normalize": False, "final_temperature": 1.0}
-PAPERS = {"num_codes": 64, "share_encoders": False, "last_turn_share": 0.0, **DOTS}
+PAPERS = {"num_codes": 64, "share_encoders": False, "last_turn_share": 0.0, "code_std": 0.05, **DOTS}
+CODES = {**PAPERS, **COSINES, "share_encoders": True, "code_std": 0.5}
 
 
 @pytest.mark.parametrize(
@@ -109,9 +110,11 @@ PAPERS = {"num_codes": 64, "share_encoders": False, "last_turn_share": 0.0, **DO
         ("cosine", {"normalize": False}, {**NEW, **DOTS}),
         ("cosine", {"context_vectors": "turns_and_codes"}, {**NEW, **COSINES, "context_vectors": "turns_and_codes"}),
         ("cosine", {"last_turn_share": 0.0}, {**NEW, **COSINES, "last_turn_share": 0.0}),
-        ("cosine", {"context_vectors": "learnt_codes"}, PAPERS),
+        ("cosine", {"context_vectors": "learnt_codes"}, CODES),
+        ("cosine", {"context_vectors": "learnt_codes", "normalize": False}, PAPERS),
+        ("dot", {"context_vectors": "learnt_codes"}, PAPERS),
         (None, {"context_vectors": "first_m"}, PAPERS),
-        ("cosine", {"context_vectors": "learnt_codes", "normalize": True}, {**PAPERS, **COSINES}),
+        ("dot", {"context_vectors": "learnt_codes", "normalize": True}, CODES),
     ],
 )
 def test_what_a_new_model_is(checkpoints, sentence_transformer_folder, tmp_path, similarity, options, expected):

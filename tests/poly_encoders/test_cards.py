@@ -221,7 +221,8 @@ def test_blocks_run_and_print_what_they_show(roomy, tmp_path, kind, options):
             ["one for each of its last 32 turns", "| cosines", "| 0.025 |", "each vector | 0.5 |", "at most 64;"],
         ),
         ({"last_turn_share": 0.0, "normalize": False}, False, ["| dot products |", "final attention | 1 |"]),
-        ({"context_vectors": "learnt_codes"}, True, ["one for each of 64 learnt codes", "| dot products |"]),
+        ({"context_vectors": "learnt_codes"}, True, ["one for each of 64 learnt codes", "| cosines", "| 0.025 |"]),
+        ({"context_vectors": "learnt_codes", "normalize": False}, True, ["64 learnt codes", "| dot products |"]),
         (
             {"context_vectors": "turns_and_codes", "num_codes": 8},
             True,

@@ -39,7 +39,7 @@ def explained(model, context, candidate, **options):
 def test_it_follows_the_paper(make, share_encoders, attention):
     """Against loops over the formula, in the model's own hidden states and codes."""
     attentions = {"code_attention": attention, "final_attention": attention}
-    model = make(share_encoders=share_encoders, config_kwargs=attentions)
+    model = make(share_encoders=share_encoders, normalize=False, config_kwargs=attentions)
     with torch.no_grad():
         for encoder in {model[0].model.context_encoder, model[0].model.candidate_encoder}:
             for parameter in encoder.parameters():  # apart, and far from even attention

@@ -158,7 +158,7 @@ def test_similarity_is_the_model_s_score(kind, temperature, request):
 @pytest.mark.parametrize(
     ("options", "scale"),
     [
-        ({"context_vectors": "learnt_codes", "final_attention": "sqrt", "code_std": 1.0}, tiny.WIDTH**-0.5),
+        ({"context_vectors": "learnt_codes", "normalize": False, "final_attention": "sqrt"}, tiny.WIDTH**-0.5),
         ({"context_vectors": "learnt_codes", "final_temperature": 0.5, "code_std": 1.0}, 2.0),
         ({"final_attention": "sqrt", "final_temperature": 0.5}, 2 * tiny.WIDTH**-0.5),
         ({"learn_final_temperature": True}, 40.0),

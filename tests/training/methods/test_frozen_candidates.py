@@ -51,7 +51,7 @@ def model(request, checkpoints, sentence_transformer_folder):
     if request.param.startswith("bi"):
         made = BiEncoder(checkpoints() if request.param == "bi" else sentence_transformer_folder, device="cpu")
     else:
-        codes = {"context_vectors": "learnt_codes", "config_kwargs": {"code_std": 1.0}}
+        codes = {"context_vectors": "learnt_codes", "normalize": False, "config_kwargs": {"code_std": 1.0}}
         options = codes if request.param == "codes" else {"share_encoders": False}
         made = PolyEncoder(checkpoints(), num_codes=4, device="cpu", **options)
     set_dropout(made, 0.0)

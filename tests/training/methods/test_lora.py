@@ -16,7 +16,7 @@ from poly_encoders.training.methods.lora import add_lora, has_lora, load_trainab
 from training_runs import KINDS as TRAINERS
 from training_runs import QUIET, weights
 
-CODES = {"context_vectors": "learnt_codes", "num_codes": 4, "config_kwargs": {"code_std": 1.0}}
+CODES = {"context_vectors": "learnt_codes", "normalize": False, "num_codes": 4, "config_kwargs": {"code_std": 1.0}}
 CLASSES = {
     "poly": (PolyEncoder, CODES),
     "poly shared": (PolyEncoder, {**CODES, "share_encoders": True}),

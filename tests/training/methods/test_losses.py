@@ -34,7 +34,7 @@ def model(request, checkpoints, sentence_transformer_folder):
     if request.param == "turns":
         return PolyEncoder(checkpoints(), num_codes=4, device="cpu")
     options = {"num_codes": 4, "config_kwargs": {"code_std": 1.0}, "share_encoders": request.param == "shared"}
-    return PolyEncoder(checkpoints(), device="cpu", context_vectors="learnt_codes", **options)
+    return PolyEncoder(checkpoints(), device="cpu", context_vectors="learnt_codes", normalize=False, **options)
 
 
 @pytest.fixture
@@ -144,7 +144,7 @@ mine, found = slice(4 * distributed.get_rank(), 4 * distributed.get_rank() + 4),
 for kind, mini in (("poly", None), ("poly", 3), ("turns", None), ("turns", 3), ("bi", None)):
     torch.manual_seed(0)
     turns = {"share_encoders": False, "config_kwargs": {"learn_final_temperature": True}}
-    options = turns if kind == "turns" else {"context_vectors": "learnt_codes"}
+    options = turns if kind == "turns" else {"context_vectors": "learnt_codes", "normalize": False}
     bi, learnt = kind == "bi", kind == "turns"
     model = BiEncoder(folder, device="cpu") if bi else PolyEncoder(folder, num_codes=4, device="cpu", **options)
     for parameter in model.parameters():
@@ -184,7 +184,7 @@ def test_two_processes_are_one(checkpoints, tmp_path):
     for kind, found in results.items():
         bi, learnt = kind == "bi None", kind.startswith("turns")
         turns = {"share_encoders": False, "config_kwargs": {"learn_final_temperature": True}}
-        options = turns if learnt else {"context_vectors": "learnt_codes"}
+        options = turns if learnt else {"context_vectors": "learnt_codes", "normalize": False}
         folder = checkpoints()
         model = BiEncoder(folder, device="cpu") if bi else PolyEncoder(folder, num_codes=4, device="cpu", **options)
         set_dropout(model.train(), 0.0)

@@ -25,7 +25,7 @@ DATA = Dataset.from_dict(
 )
 
 
-CODES = {"context_vectors": "learnt_codes"}
+CODES = {"context_vectors": "learnt_codes", "normalize": False}
 
 
 @pytest.fixture
