@@ -274,7 +274,7 @@ def paired_interval(first: np.ndarray, second: np.ndarray) -> tuple[float, float
 
 def best_bi_encoder(ranks: dict[str, np.ndarray], is_frozen: bool = False) -> str | None:
     """The Bi-encoder of highest R@1 over all seeds: of those whose candidates stay, or of the others."""
-    rows = [row for row in ranks if row.startswith("bi-") and "-frozen" in row == is_frozen]
+    rows = [row for row in ranks if row.startswith("bi-") and ("-frozen" in row) == is_frozen]
     return max(rows, key=lambda row: recall(ranks[row]), default=None)
 
 

@@ -15,6 +15,7 @@ from poly_encoders.scoring.bounds import upper_norms
 
 ROWS_AT_ONCE = 1024  # in one block on the CPU: a few MiB, which stay in the cache between the steps
 GPU_ROWS_AT_ONCE = 65536
+SPOT_CHECKS = 32  # of what was prepared, in every call
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,12 +71,11 @@ def prepare(
     axes = None
     is_worth_it = len(reader) >= FEWEST and not has_fast_bf16(reader.device)
     if len(reader) and (form == "axes" or (form is None and is_worth_it)):
-        places = torch.linspace(0, len(reader) - 1, min(SAMPLE, len(reader))).long()
-        axes = principal_axes(reader.take(places), at_any_rate=form == "axes")
+        axes = principal_axes(reader.take(spread(SAMPLE, len(reader))), at_any_rate=form == "axes")
     with tqdm(total=len(reader), desc="Preparing", unit="candidate", disable=not show_progress_bar) as bar:
         if axes is None:
             return PreparedCandidates(reader.held, *reader.rounded(0, len(reader), bar))
-        low = torch.empty((len(reader), axes.shape[1]), device=reader.device)
+        low = axes.new_empty(len(reader), axes.shape[1])
         norms, residuals = low.new_empty(len(reader)), low.new_empty(len(reader))
         for first, rows in reader.blocks(0, len(reader)):
             here = slice(first, first + len(rows))
@@ -111,13 +111,28 @@ class CandidateReader:
             )
         if candidates.ndim != 2:
             raise ValueError(f"Candidate vectors have shape {tuple(candidates.shape)}; expected (n, dim).")
-        if self.prepared is not None and len(self.prepared) != len(candidates):
-            counts = f"{len(self.prepared)} candidates were prepared, but there are {len(candidates)} now"
-            raise ValueError(f"{counts}: prepare them again.")
         self.held = candidates.detach() if isinstance(candidates, Tensor) else candidates
         own = candidates.device if isinstance(candidates, Tensor) else torch.device("cpu")
         self.device = own if device is None else torch.device(device)
         self.dim = candidates.shape[1]
+        if self.prepared is not None:
+            self._refuse_changed(self.prepared)
+
+    def _refuse_changed(self, prepared: PreparedCandidates) -> None:
+        """Look at some of the vectors, whether they are those that were prepared."""
+        if len(prepared) != len(self):
+            counts = f"{len(prepared)} candidates were prepared, but there are {len(self)} now"
+            raise ValueError(f"{counts}: prepare them again.")
+        width = prepared.low.shape[1] if prepared.axes is None else prepared.axes.shape[0]
+        if width != self.dim:
+            raise ValueError(f"Candidates {width} wide were prepared, but they are {self.dim} now: prepare them again.")
+        some = spread(SPOT_CHECKS, len(self)).to(self.device)
+        rows, then = self.take(some).float(), prepared.low[some].float()
+        now = rows.bfloat16().float() if prepared.axes is None else rows @ prepared.axes
+        off = (now - then).abs().amax(dim=1) > prepared.norms[some] / 64 if len(some) else some.bool()
+        if bool(off.any()):
+            which = int(some[off.int().argmax()])
+            raise ValueError(f"Candidate {which} is another vector than when it was prepared: prepare them again.")
 
     def __len__(self) -> int:
         return len(self.held)
@@ -167,6 +182,12 @@ class CandidateReader:
             if bar is not None:
                 bar.update(len(rows))
         return low, norms, residuals
+
+
+def spread(most: int, n: int) -> Tensor:
+    """At most so many of the positions from 0 to n, evenly spread."""
+    some = min(most, n)
+    return torch.arange(some) * n // max(1, some)
 
 
 def vector_norms(rows: Tensor, first: int) -> Tensor:

@@ -222,7 +222,7 @@ def test_settings_of_the_process_change_nothing(setting, precision):
     context, candidates = vectors("normal", b=2, m=4, n=4000, dim=64)
     expected = score_everything(context, candidates, 10)
     with SETTINGS[setting]():
-        for held in (candidates, prepare(candidates)):
+        for held in (candidates, prepare(candidates), prepare(candidates, form="axes")):
             assert_equal(top_k(context, held, 10, precision=precision), expected)
         assert top_k(context, candidates, 0, precision=precision).scores.dtype == torch.float32
 
@@ -333,3 +333,20 @@ def test_candidates_that_changed_in_number_since_they_were_prepared(capsys):
     assert "6/6" in capsys.readouterr().err
     with pytest.raises(ValueError, match="6 candidates were prepared, but there are 7"):
         top_k(torch.randn(2, 3, 4), dataclasses.replace(prepared, vectors=torch.randn(7, 4)), 2)
+
+
+@pytest.mark.parametrize("form", ["bfloat16", "axes"])
+def test_candidates_that_are_others_than_those_prepared(form):
+    vectors = torch.nn.functional.normalize(torch.randn(500, 24), dim=1)
+    prepared, context = prepare(vectors, form=form), torch.randn(1, 3, 24)
+    top_k(context, prepared, 2)
+    for change, message in (
+        ({"vectors": vectors[:, :20]}, "24 wide were prepared, but they are 20"),
+        ({"vectors": vectors.flip(0)}, "Candidate 0 is another vector"),
+        ({"vectors": vectors.double() * 1.5}, "Candidate 0 is another vector"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            top_k(context, dataclasses.replace(prepared, **change), 2)
+    vectors.copy_(torch.nn.functional.normalize(torch.randn(500, 24), dim=1))
+    with pytest.raises(ValueError, match="is another vector than when it was prepared: prepare them again"):
+        top_k(context, prepared, 2)
