@@ -13,6 +13,7 @@ from poly_encoders.building import BuildOptions, module_from_encoder, module_fro
 from poly_encoders.cards import PolyEncoderModelCardData
 from poly_encoders.explaining import Explanation, explain
 from poly_encoders.modeling import PolyEncoderConfig
+from poly_encoders.modeling.scoring_poly_encoder import best_first
 from poly_encoders.modeling.text_poly_encoder import Context, candidate_texts, checked_count, context_text
 from poly_encoders.poly_encoder_module import PolyEncoderModule
 from poly_encoders.ranker import Ranked, Task, TextOptions, clear_load_errors, local_path, ranking
@@ -239,7 +240,7 @@ class PolyEncoder(TwoSidedEncoder):
 
         Args:
             candidate_vectors: Those of the candidates, `encode_document(candidates)`, or what `scoring.prepare` made of
-                them: then the context alone is encoded, and `scoring.top_k` finds the best.
+                them: then the context alone is encoded, and with a `top_k`, `scoring.top_k` finds the best.
 
         Raises:
             ValueError: vectors of another number than the candidates.
@@ -258,11 +259,20 @@ class PolyEncoder(TwoSidedEncoder):
             convert_to_tensor=True,
             **{**options, "show_progress_bar": False},
         )
-        prepared = candidate_vectors
-        if not isinstance(prepared, PreparedCandidates):
-            prepared = self._candidate_vectors(prepared).to(contexts.device)
-        best = find_best(contexts[None], prepared, len(texts) if k is None else k, scale=float(self.final_scale))
-        pairs = zip(best.indices[0].tolist(), best.scores[0].tolist(), strict=True)
+        if isinstance(candidate_vectors, PreparedCandidates):
+            held: Any = candidate_vectors
+            if self.scores_are_cosines:
+                refuse_other_lengths(held.norms[:, None])
+        else:
+            held = self._candidate_vectors(candidate_vectors).to(contexts.device)
+        if k is None:  # of all of them, exact scores would take long
+            vectors = held.vectors if isinstance(held, PreparedCandidates) else held
+            places = {text: place for place, text in reversed([*enumerate(texts)])}  # of equal texts, the first
+            scores = self.similarity(contexts[None], torch.as_tensor(vectors, device=contexts.device))[0]
+            pairs = best_first(scores.cpu()[[places[text] for text in texts]])
+        else:
+            best = find_best(contexts[None], held, k, scale=float(self.final_scale))
+            pairs = [*zip(best.indices[0].tolist(), best.scores[0].tolist(), strict=True)]
         return ranking(pairs, texts if return_documents else None)
 
     def explain(

@@ -7,9 +7,11 @@ what it leaves unread is bounded; `poly_encoders.scoring.bounds` has the derivat
 import torch
 from torch import Tensor
 
+from poly_encoders.hardware import full_float32_products
 from poly_encoders.scoring.bounds import upper_norms
 
 FEWEST = 4096  # candidates, for which to make any
+WIDEST = 2048  # coordinates, of which finding axes takes seconds
 SAMPLE = 16384  # candidates that the axes are made from
 ENOUGH = 0.94  # of the vectors' squared length on the axes: fewer leave too many candidates, more cost too much
 TOO_LITTLE = 0.8
@@ -42,9 +44,22 @@ def principal_axes(sample: Tensor, at_any_rate: bool = False) -> Tensor | None:
 
 
 def on_axes(rows: Tensor, axes: Tensor) -> tuple[Tensor, Tensor]:
-    """The coordinates of `(r, dim)` vectors, `(r, p)` float32, and at least the length of what is not on the axes."""
-    rows = rows.float()
-    coordinates = rows @ axes
-    rest = upper_norms(rows - coordinates @ axes.T)
-    # What the products and the difference may have lost.
-    return coordinates, rest + upper_norms(rows) * ((sum(axes.shape) + 32) * 2.0**-22)
+    """The coordinates of `(r, dim)` vectors, `(r, p)` float32, and at least the length of what is not on the axes.
+
+    In full float32, whatever autocast and the process's settings say: the bounds allow for no less.
+    """
+    if full_float32_products(rows.device):
+        rows = rows.float()
+    else:
+        rows, axes = rows.cpu().double(), axes.cpu().double()
+    with torch.autocast(rows.device.type, enabled=False):
+        coordinates = (rows @ axes).float()
+        rest = upper_norms(rows - coordinates.to(rows.dtype) @ axes.T)
+        # What the products and the difference may have lost.
+        rest = rest + upper_norms(rows) * rounding(axes)
+    return coordinates, rest
+
+
+def rounding(axes: Tensor) -> float:
+    """What the coordinates on `(dim, p)` axes may be off by in float32, over a vector's length."""
+    return (sum(axes.shape) + 32) * 2.0**-22

@@ -10,17 +10,19 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from poly_encoders.hardware import has_fast_bf16
-from poly_encoders.scoring.axes import FEWEST, SAMPLE, on_axes, principal_axes
+from poly_encoders.scoring.axes import FEWEST, SAMPLE, WIDEST, on_axes, principal_axes, rounding
 from poly_encoders.scoring.bounds import upper_norms
 
 ROWS_AT_ONCE = 1024  # in one block on the CPU: a few MiB, which stay in the cache between the steps
 GPU_ROWS_AT_ONCE = 65536
-SPOT_CHECKS = 32  # of what was prepared, in every call
+SPOT_CHECKS = 16  # of what was prepared, in every call
 
 
 @dataclass(frozen=True, eq=False)
 class PreparedCandidates:
     """What `prepare` makes of candidate vectors. It refers to them, so they must stay as they were.
+
+    A call looks at some of them, whether they did; of the others a change goes unseen, and what is found may be wrong.
 
     Attributes:
         vectors: `(n, dim)`, as they were given; the final scores come from these.
@@ -69,7 +71,7 @@ def prepare(
         raise ValueError(f"form is 'bfloat16' or 'axes', not {form!r}.")
     reader = CandidateReader(getattr(candidates, "vectors", candidates), device)  # what is prepared, anew
     axes = None
-    is_worth_it = len(reader) >= FEWEST and not has_fast_bf16(reader.device)
+    is_worth_it = len(reader) >= FEWEST and reader.dim <= WIDEST and not has_fast_bf16(reader.device)
     if len(reader) and (form == "axes" or (form is None and is_worth_it)):
         axes = principal_axes(reader.take(spread(SAMPLE, len(reader))), at_any_rate=form == "axes")
     with tqdm(total=len(reader), desc="Preparing", unit="candidate", disable=not show_progress_bar) as bar:
@@ -80,7 +82,8 @@ def prepare(
         for first, rows in reader.blocks(0, len(reader)):
             here = slice(first, first + len(rows))
             norms[here] = vector_norms(rows, first)
-            low[here], residuals[here] = on_axes(rows, axes)
+            coordinates, rest = on_axes(rows, axes)
+            low[here], residuals[here] = coordinates.to(low.device), rest.to(low.device)
             bar.update(len(rows))
         return PreparedCandidates(reader.held, low, norms, residuals, axes)
 
@@ -127,11 +130,15 @@ class CandidateReader:
         if width != self.dim:
             raise ValueError(f"Candidates {width} wide were prepared, but they are {self.dim} now: prepare them again.")
         some = spread(SPOT_CHECKS, len(self)).to(self.device)
-        rows, then = self.take(some).float(), prepared.low[some].float()
-        now = rows.bfloat16().float() if prepared.axes is None else rows @ prepared.axes
-        off = (now - then).abs().amax(dim=1) > prepared.norms[some] / 64 if len(some) else some.bool()
-        if bool(off.any()):
-            which = int(some[off.int().argmax()])
+        rows, then = self.take(some), prepared.low[some]
+        if prepared.axes is None:
+            same = (rows.bfloat16() == then).all(dim=1)
+        else:
+            now = on_axes(rows, prepared.axes)[0].to(self.device)
+            room = 2 * rounding(prepared.axes) * prepared.norms[some]
+            same = ((now - then).abs() <= room[:, None]).all(dim=1) | room.isinf()
+        if not bool(same.all()):
+            which = int(some[same.int().argmin()])
             raise ValueError(f"Candidate {which} is another vector than when it was prepared: prepare them again.")
 
     def __len__(self) -> int:

@@ -21,6 +21,7 @@ DOTS_AT_ONCE = 2**22
 MOST_ROWS = 65536
 ROWS_TO_ROUND = 8192  # in a piece whose rounded copy is made on the way
 FEWEST_ROWS = 1024
+VECTORS_AT_ONCE = 2**20  # numbers of candidates gathered at a time
 CLEAR = 256  # a context with more candidates in a piece that cannot be excluded wants a higher threshold
 GPU_MEMORY_SHARE = 8  # a piece may take one part in eight of what is free
 PAIR_BYTES = 64  # beside its dots, what a pair of context and candidate takes that cannot be excluded
@@ -40,13 +41,14 @@ class Piece:
         return self.reader.rounded(self.start, self.start + self.size)
 
 
-def pieces(reader: CandidateReader, *, low: bool, contexts: int, m: int) -> Iterator[Piece]:
+def pieces(reader: CandidateReader, *, precision: Precision, contexts: int, m: int) -> Iterator[Piece]:
     """The candidates in order, in pieces that suit the device and these contexts of m vectors."""
     if reader.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(reader.device)
         rows = max(FEWEST_ROWS, free // GPU_MEMORY_SHARE // (contexts * (4 * m + PAIR_BYTES) + 6 * reader.dim))
     else:
-        most = ROWS_TO_ROUND if low and reader.prepared is None else MOST_ROWS
+        is_ready = reader.prepared is not None and (precision == "exact" or reader.prepared.axes is None)
+        most = MOST_ROWS if is_ready or precision == "float32" else ROWS_TO_ROUND
         rows = min(most, max(FEWEST_ROWS, DOTS_AT_ONCE // (contexts * (m + PAIR_BYTES // 4))))
     # Equal parts, but round ones: some odd numbers of rows take a product half as long again.
     rows = min(rows, math.ceil(len(reader) / max(1, math.ceil(len(reader) / rows)) / FEWEST_ROWS) * FEWEST_ROWS)
@@ -149,9 +151,15 @@ class Pass:
 
     def surely(self, reader: CandidateReader, likely: Tensor) -> Tensor:
         """What all of some `(g, k)` different candidates score at least, `(g,)`: so the k-th best of all does."""
-        vectors = reader.take(likely.flatten()).unflatten(0, likely.shape)
-        least = self.estimates(torch.arange(len(likely), device=likely.device), vectors)[1]
-        return least.nan_to_num(nan=-torch.inf, neginf=-torch.inf).amin(dim=1)
+        contexts = max(1, VECTORS_AT_ONCE // (likely.shape[1] * reader.dim))
+        found = []
+        for some, which in zip(
+            likely.split(contexts), torch.arange(len(likely), device=likely.device).split(contexts), strict=True
+        ):
+            vectors = reader.take(some.flatten()).unflatten(0, some.shape)
+            least = self.estimates(which, vectors)[1]
+            found.append(least.nan_to_num(nan=-torch.inf, neginf=-torch.inf).amin(dim=1))
+        return torch.cat(found)
 
     def _bounded(
         self, dots: Tensor, error: Tensor, which: Tensor | tuple[Tensor, None]
@@ -164,7 +172,7 @@ class Pass:
         """`sum_i softmax(scale d)_i d_i` of `(..., m)` dots with the contexts that `which` picks."""
         logits = dots if self.scale == 1.0 else dots * self.scale
         if self.padding is not None:
-            logits = logits.masked_fill(self.padding[which], torch.finfo(dots.dtype).min)
+            logits = logits.masked_fill(self.padding[which], -torch.inf)  # below any logit, which may overflow
         return (logits.softmax(dim=-1) * dots).sum(dim=-1)
 
     def _largest(self, dots: Tensor) -> Tensor:

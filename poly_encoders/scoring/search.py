@@ -40,21 +40,22 @@ def top_k(
 
     `"exact"` and `"float32"` give the same answer to the last bit: the best k by the score computed in float64 and
     rounded to float32, equal ones by index, whatever the pieces and the threads. They differ in the cheap pass over all
-    that finds who can be among them: after one in bfloat16, `poly_encoders.scoring.bounds` proves of those left out
-    that they cannot, and where it proves that of fewer than nine in ten, float32 takes over. `"bfloat16"` is
-    approximate: its pass alone decides which k are returned, so one close to the last place may be missing; their
-    scores and order are exact.
+    that finds who can be among them: after one in bfloat16, or on the axes of prepared candidates,
+    `poly_encoders.scoring.bounds` proves of those left out that they cannot, and where it proves that of fewer than
+    nine in ten, float32 takes over. `"bfloat16"` is approximate: its pass alone decides which k are returned, so one
+    close to the last place may be missing; their scores and order are exact.
 
-    Each call costs a millisecond or two beside its pass: for a few thousand candidates `PolyEncoder.similarity` and a
-    sort are as fast.
+    Each call costs two to four milliseconds beside its pass. It is for a small k: exact scores are slow, so for all of
+    the candidates take `PolyEncoder.similarity` and a sort.
 
     Args:
         context: `(batch, m, dim)` context vectors; all-zero ones are padding. With m = 1 this is the exact search of a
             Bi-encoder.
         candidates: `(n, dim)`: a tensor on the contexts' device, a numpy or memory-mapped array, which is read in
-            pieces, or what `prepare` made of either, which spares rounding them in every call.
+            pieces, or what `prepare` made of either, which makes a cheaper pass.
         k: How many; all n where there are fewer.
-        precision: `"exact"` by default where the device has fast bfloat16, else `"float32"`.
+        precision: `"exact"` by default where the device has fast bfloat16 or candidates are prepared on axes, else
+            `"float32"`.
         scale: The model's `final_scale`: 1 for basic attention.
         show_progress_bar: Show one.
 
@@ -97,7 +98,7 @@ def _best_of_many(
     contexts = min(len(context), max(1, CONTEXT_VECTORS_AT_ONCE // context.shape[1]))
     groups = [_Search(part, reader, k, scale, precision, workspace) for part in context.split(contexts)]
     with tqdm(total=len(reader), desc="Ranking", unit="candidate", disable=not show_progress_bar) as bar:
-        for piece in pieces(reader, low=precision != "float32", contexts=contexts, m=context.shape[1]):
+        for piece in pieces(reader, precision=precision, contexts=contexts, m=context.shape[1]):
             for group in groups:
                 group.look_at(piece)
             bar.update(piece.size)
@@ -142,8 +143,8 @@ class _Search:
         if not self.found:
             return
         looked_at = (self.seen - self.seen_when_settled) * self.shortlist.contexts
-        if not self.approximate and self._waiting() > looked_at // 10:
-            self.usual = self.float32  # bfloat16 excludes too little to be worth its pass
+        if self.seen_when_settled and not self.approximate and self._waiting() > looked_at // 10:
+            self.usual = self.float32  # the cheaper pass excludes too little to be worth it
         self.shortlist.add(self.found)
         self.found, self.seen_when_settled = [], self.seen
 

@@ -191,7 +191,14 @@ def test_ranking_by_vectors_that_are_there_is_ranking(kind, request):
             assert [entry["score"] for entry in found] == pytest.approx(
                 [entry["score"] for entry in expected], abs=1e-5
             )
+        every = model.rank(context, texts, candidate_vectors=vectors)
+        expected = model.rank(context, texts)
+        assert [entry["corpus_id"] for entry in every] == [entry["corpus_id"] for entry in expected]
     assert len(model.rank("hello", texts, candidate_vectors=vectors, prompt="q: ")) == 5
+    if kind == "poly_encoder":
+        for wrong in (2 * vectors, prepare(2 * vectors)):
+            with pytest.raises(ValueError, match="are of lengths from 2 to 2"):
+                model.rank("hello", texts, top_k=2, candidate_vectors=wrong)
     assert model.rank("hello", [], candidate_vectors=vectors[:0]) == []
     with pytest.raises(ValueError, match="4 candidates have 5 vectors"):
         model.rank("hello", texts[:4], candidate_vectors=vectors)

@@ -27,6 +27,14 @@ def _flattened(vectors: Tensor) -> Tensor:
     return (vectors * _spectrum(vectors.shape[-1])) @ rotation.T
 
 
+def _in_a_subspace(vectors: Tensor) -> Tensor:
+    """Vectors in a quarter of the directions, but for rounding: beside axes nothing is left to hide behind."""
+    dim = vectors.shape[-1]
+    rotation = torch.linalg.qr(torch.randn(dim, dim, generator=torch.manual_seed(7)).double())[0]
+    part = max(1, dim // 4)
+    return (vectors[..., :part].double() @ rotation[:part]).to(vectors.dtype)
+
+
 MAKERS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "normal": lambda y, x: (y, x),
     "one direction": lambda y, x: (y.abs(), x.abs()),
@@ -41,6 +49,7 @@ MAKERS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "subnormal": lambda y, x: (y, x * 1e-39 * _lengths(len(x))),
     "zeros": lambda y, x: (y, torch.where(torch.rand(len(x), 1) < 0.5, 0.0, x)),
     "few directions": lambda y, x: (_flattened(y), _flattened(x)),
+    "one subspace": lambda y, x: (_in_a_subspace(y), _in_a_subspace(x)),
     "contexts beside the axes": lambda y, x: (y, x * _spectrum(x.shape[-1])),
     "same context vectors": lambda y, x: (y[:, :1].expand_as(y).clone(), x),
 }

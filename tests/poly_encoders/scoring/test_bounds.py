@@ -7,7 +7,7 @@ import torch
 
 from poly_encoders.modeling import poly_score
 from poly_encoders.scoring import prepare
-from poly_encoders.scoring.bounds import lipschitz
+from poly_encoders.scoring.bounds import DotError, lipschitz
 from poly_encoders.scoring.candidates import CandidateReader
 from poly_encoders.scoring.passes import Pass, Piece
 from vectors import KINDS, vectors
@@ -108,6 +108,27 @@ def test_the_bound_leaves_few():
     context, candidates = vectors("normal", b=1, m=16, n=20000, dim=256)
     threshold = poly_score(context, candidates).topk(10).values[:, -1]
     assert 10 <= len(swept(context, candidates, threshold).which) < 200
+
+
+def test_the_bound_on_axes_leaves_few():
+    context, candidates = vectors("one subspace", b=1, m=4, n=20000, dim=64)
+    threshold = poly_score(context, candidates).topk(10).values[:, -1]
+    assert 10 <= len(swept(context, candidates, threshold, precision="axes").which) < 200
+
+
+@pytest.mark.parametrize("dim", [64, 1024])
+def test_the_bound_on_axes_needs_its_part_for_rounding(dim):
+    """Where nothing lies beside the axes, float32 products are off by more than the part for that."""
+    context, candidates = vectors("one subspace", b=8, m=1, n=2000, dim=dim)
+    held = prepare(candidates, form="axes")
+    sweep = Pass(context, None, 1.0, "exact", {}, held.axes)
+    nothing = torch.full((8,), -torch.inf)
+    found = sweep.survivors(Piece(CandidateReader(held), 0, 2000), nothing, 1)
+    true = poly_score(context.double(), candidates.double())[found.which, found.candidate]
+    off = (found.score.double() - true).abs()
+    assert (off <= (found.score - found.least).double()).all()
+    beside = DotError(context, sweep.kept, True, held.axes).rest[found.which] * held.residuals[found.candidate]
+    assert (off > beside).any()
 
 
 @pytest.mark.parametrize("setting", ["highest", "high", "medium"])

@@ -1,6 +1,7 @@
 """`top_k` against scoring everything: the same answer to the last bit in any precision, pieces and containers."""
 
 import dataclasses
+import itertools
 from contextlib import contextmanager
 from unittest import mock
 
@@ -140,6 +141,33 @@ def test_where_bfloat16_excludes_too_little_float32_takes_over():
     assert used[-1] == "float32"
 
 
+def test_all_pieces_are_looked_at_on_the_axes_where_they_exclude_most():
+    context, candidates = vectors("one subspace", b=2, m=4, n=500, dim=32)
+    used = []
+    plain = passes.Pass.survivors
+
+    def watched(self, *args):
+        used.append(self.axes is not None)
+        return plain(self, *args)
+
+    with small_pieces(rows=64), mock.patch.object(passes.Pass, "survivors", watched):
+        assert_exact(context, candidates, 3, prepare(candidates, form="axes"), precisions=["exact"])
+    assert len(used) >= 8
+    assert all(used)
+
+
+def test_padding_takes_no_part_where_the_scaled_dots_overflow():
+    context, candidates = vectors("normal", b=1, m=2, n=300, dim=16)
+    context, candidates = context.abs() * 10, -candidates.abs()
+    context[0, 1] = 0
+    context = torch.cat([context, torch.randn(1, 2, 16)])  # so that the padding stays
+    for few in (search.PAIRS, 0):
+        with mock.patch.object(search, "PAIRS", few):
+            found = top_k(context, candidates, 5, scale=1e37)
+        expected = poly_score(context[:1, :1].double(), candidates.double()).topk(5)
+        assert torch.equal(found.indices[:1], expected.indices)
+
+
 def test_bfloat16_is_close_and_its_scores_are_exact():
     context, candidates = vectors("normal", b=3, m=8, n=4000, dim=64)
     found = top_k(context, candidates, 50, precision="bfloat16")
@@ -219,11 +247,17 @@ SETTINGS = {
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("precision", ["exact", "float32"])
 def test_settings_of_the_process_change_nothing(setting, precision):
-    context, candidates = vectors("normal", b=2, m=4, n=4000, dim=64)
-    expected = score_everything(context, candidates, 10)
+    for kind, m in (("normal", 4), ("one subspace", 1)):
+        context, candidates = vectors(kind, b=2, m=m, n=4000, dim=64)
+        expected = score_everything(context, candidates, 10)
+        with SETTINGS[setting]():
+            forms = [candidates, prepare(candidates), prepare(candidates, form="axes")]
+            for held in forms:
+                assert_equal(top_k(context, held, 10, precision=precision), expected)
+        for held, few in itertools.product(forms, (search.PAIRS, 0)):  # prepared there, and asked elsewhere
+            with mock.patch.object(search, "PAIRS", few):
+                assert_equal(top_k(context, held, 10, precision=precision), expected)
     with SETTINGS[setting]():
-        for held in (candidates, prepare(candidates), prepare(candidates, form="axes")):
-            assert_equal(top_k(context, held, 10, precision=precision), expected)
         assert top_k(context, candidates, 0, precision=precision).scores.dtype == torch.float32
 
 
