@@ -90,7 +90,9 @@ def text_vectors(checkpoint: str, n: int, encoded: int) -> Iterator[tuple[str, T
 
 def measure(candidates: Tensor, contexts: Tensor, scale: float, rounds: int, form: Any) -> list[dict[str, Any]]:
     """All methods on the same candidates: one row a method."""
-    context = contexts[0][(contexts[0] != 0).any(dim=-1)]
+    real = (contexts != 0).any(dim=-1)
+    typical = real.sum(dim=1).argsort()[len(contexts) // 2]  # of median length
+    context = contexts[typical][real[typical]]
     query, (n, dim), m = context[0], candidates.shape, len(context)
     prepared = prepare(candidates, form=form)
     low = candidates.bfloat16()

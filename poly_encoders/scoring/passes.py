@@ -17,7 +17,7 @@ Workspace: TypeAlias = dict[torch.dtype, Tensor]
 
 # Sizes on the CPU, found by trying. A piece is large, so that the few steps that follow its product weigh little;
 # float32 products go by blocks within it, which stay in the cache.
-DOTS_AT_ONCE = 2**22
+DOTS_AT_ONCE = 2**24
 MOST_ROWS = 65536
 ROWS_TO_ROUND = 8192  # in a piece whose rounded copy is made on the way
 FEWEST_ROWS = 1024

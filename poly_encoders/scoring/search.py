@@ -17,6 +17,7 @@ from poly_encoders.scoring.shortlist import Shortlist
 
 CONTEXT_VECTORS_AT_ONCE = 2048  # columns of one matrix product: more gain nothing, and take memory
 GROWTH = 64  # of the candidates seen between two settlements
+RAISING = 4  # the same, of their own likely candidates raising the thresholds
 WAITING = 2**18  # pairs of context and candidate found and not yet on a shortlist
 
 
@@ -118,11 +119,13 @@ class _Search:
         self.usual = self.float32 if precision == "float32" else Pass(context, known, scale, precision, room, axes)
         self.shortlist = Shortlist(self.float32, reader, k, self.approximate)
         self.found: list[Pairs] = []
-        self.seen = self.seen_when_settled = 0
+        self.seen = self.seen_when_settled = self.seen_when_raised = 0
 
     def look_at(self, piece: Piece) -> None:
         """Sweep over a piece of the candidates, and note who may be among the best."""
-        higher = None if self.approximate else self.shortlist.raise_thresholds
+        higher = None
+        if not self.approximate and self.seen >= RAISING * self.seen_when_raised:
+            higher, self.seen_when_raised = self.shortlist.raise_thresholds, self.seen + piece.size
         found = self.usual.survivors(piece, self.shortlist.threshold, self.shortlist.k, higher)
         self.found += [] if found is None else [found]
         self.seen += piece.size
