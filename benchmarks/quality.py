@@ -112,6 +112,7 @@ def main() -> None:
     add("--work", type=Path, default=Path("models/quality"), help="folder to work in (%(default)s)")
     add("--results", type=Path, default=RESULTS, help="folder for what comes out (%(default)s)")
     add("--tables", action="store_true", help="run nothing")
+    add("--over", choices=[*ROWS], metavar="ROW", help="print leads over this row, and run and write nothing")
     options = parser.parse_args()
     names = options.name or [file.absolute().parent.name for file in options.train]
     if len({len(options.train), len(options.test), len(names), len(set(names))}) > 1:
@@ -119,13 +120,13 @@ def main() -> None:
     logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    if not options.tables:
+    if not (options.tables or options.over):
         sets = [DataSet("chitchat", "chitchat", chitchat_ranking_sets("test"))] if options.chitchat else []
         for name, *files in zip(names, options.train, options.test, strict=True):
             first, second = (unzipped(file, options.work / "data" / name) for file in files)
             sets.append(DataSet(name, str(first), [sample for _, sample in json_objects(second)]))
         run_missing(sets, options)
-    report(options.results)
+    report(options.results, options.over)
 
 
 def run_missing(sets: list[DataSet], options: argparse.Namespace) -> None:
@@ -278,8 +279,8 @@ def best_bi_encoder(ranks: dict[str, np.ndarray], is_frozen: bool = False) -> st
     return max(rows, key=lambda row: recall(ranks[row]), default=None)
 
 
-def summarized(runs: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """By row, what runs of one set come to, and the lead over the Bi-encoder that is best there."""
+def summarized(runs: list[dict[str, Any]], over: str | None = None) -> dict[str, dict[str, Any]]:
+    """By row, what runs of one set come to, and the lead over a row, or the Bi-encoder that is best there."""
     by_row = {row: those for row in ROWS if (those := [run for run in runs if run["row"] == row])}
     shared = {row: min(len(run["ranks"]) for run in those) for row, those in by_row.items()}
     ranks = {row: np.array([run["ranks"][: shared[row]] for run in those]) for row, those in by_row.items()}
@@ -294,31 +295,31 @@ def summarized(runs: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         if "seconds" in (first := by_row[row][0]):
             found[row] |= {"examples": first["examples"], "settings": first["settings"]}
             found[row]["step_seconds"] = min(run["seconds"] / run["steps"] for run in by_row[row])  # undisturbed
-        rival = best_bi_encoder(ranks, "-frozen" in row)
-        if rival is not None:
+        rival = over or best_bi_encoder(ranks, "-frozen" in row)
+        if rival in ranks:
             lead, *interval = paired_interval(own, ranks[rival])
             found[row] |= {"lead": lead, "interval": interval, "over": rival}
     return found
 
 
-def report(results: Path) -> None:
-    """Print the tables of all runs there are, and write them."""
+def report(results: Path, over: str | None = None) -> None:
+    """Print the tables of all runs there are, and write them unless they are over a row of choice."""
     runs = [json.loads(file.read_text(encoding="utf-8")) for file in sorted((results / RUNS).glob("*.json"))]
     sets: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys(run["set"] for run in runs):
         own = [run for run in runs if run["set"] == name]
         untrained, trained = ([run for run in own if (run["seed"] == UNTRAINED) == kind] for kind in (True, False))
-        sets[name] = {"untrained": summarized(untrained), "trained": summarized(trained)}
-        Console(width=150).print(table_of(name, **sets[name]))
-    if sets:
+        sets[name] = {"untrained": summarized(untrained, over), "trained": summarized(trained, over)}
+        Console(width=150).print(table_of(name, over or "the best Bi-encoder", **sets[name]))
+    if sets and not over:
         summary = {"machine": runs[0]["machine"], "sets": sets}
         replace_file(results / "quality.json", json.dumps(summary, indent=1) + "\n")
         plot(sets, results / "quality.png")
 
 
-def table_of(name: str, untrained: dict[str, Any], trained: dict[str, Any]) -> Table:
+def table_of(name: str, over: str, untrained: dict[str, Any], trained: dict[str, Any]) -> Table:
     """A set's; rows with frozen candidates lead over the best Bi-encoder of their kind."""
-    table = Table("row", title=f"{name}: R@1, and the lead in it over the best Bi-encoder, points")
+    table = Table("row", title=f"{name}: R@1, and the lead in it over {over}, points")
     for heading in ("untrained", "lead", "trained", "MRR", "lead", "contexts, seeds", "examples", "s / step"):
         table.add_column(heading, justify="right")
     for row in ROWS:

@@ -102,15 +102,16 @@ def with_defaults(options: dict[str, Any], is_cosine: bool = True) -> dict[str, 
         is_cosine: Whether the checkpoint's vectors are compared by their cosine.
     """
     ours: dict[str, Any] = {}
-    if options.get("context_vectors", "turns") in ("turns", "turns_and_codes"):
+    kind = options.get("context_vectors", "turns")
+    if kind in ("turns", "turns_and_codes"):
         ours = {"context_vectors": "turns", "num_codes": 32, "last_turn_share": 0.5}
         ours |= {"share_encoders": True, "normalize": is_cosine}
-    elif options["context_vectors"] == "learnt_codes" and options.get("normalize", is_cosine):
+    elif kind == "learnt_codes" and options.get("normalize", is_cosine):
         ours = {"share_encoders": True, "normalize": True}
     if options.get("normalize", ours.get("normalize")):
         ours["final_temperature"] = COSINE_TEMPERATURE
-    if "final_temperature" in ours and "codes" in options.get("context_vectors", ""):
-        ours["code_std"] = COSINE_CODE_STD
+        if kind in ("learnt_codes", "turns_and_codes"):
+            ours["code_std"] = COSINE_CODE_STD
     return {**ours, **options}
 
 

@@ -104,7 +104,7 @@ class Pass:
             self.kept = context.to(torch.bfloat16 if low else torch.float32)
         else:
             self.kept = (context.cpu().double() @ axes.cpu().double()).float().to(context.device)
-        self.columns = self.kept.flatten(0, 1).T  # (dim, g * m)
+        self.columns = self.kept.flatten(0, 1).T  # (dim, g * m), or (p, g * m) on axes
         # On a CPU, products of bfloat16 come back in it.
         self.low_out = low and axes is None and context.device.type == "cpu"
         self.step = BFLOAT16_STEP if self.low_out and bounded else 0.0

@@ -137,7 +137,7 @@ def test_where_bfloat16_excludes_too_little_float32_takes_over():
 
     with small_pieces(rows=64), mock.patch.object(passes.Pass, "survivors", watched):
         assert_exact(context, candidates, 3, precisions=["exact"])
-    assert "bfloat16" in used
+    assert used[:2] == ["bfloat16", "bfloat16"]  # of the first piece nobody knows yet
     assert used[-1] == "float32"
 
 
@@ -154,6 +154,16 @@ def test_all_pieces_are_looked_at_on_the_axes_where_they_exclude_most():
         assert_exact(context, candidates, 3, prepare(candidates, form="axes"), precisions=["exact"])
     assert len(used) >= 8
     assert all(used)
+
+
+def test_few_candidates_take_one_step_and_near_ties_among_them_the_long_way():
+    context, candidates = vectors("normal", b=2, m=4, n=3000, dim=32)
+    with mock.patch.object(search, "_best_of_many", side_effect=AssertionError):
+        assert_equal(top_k(context, candidates, 5), score_everything(context, candidates, 5))
+    alike = candidates[:1].expand(3000, -1)
+    with mock.patch.object(search, "_best_of_many", wraps=search._best_of_many) as long_way:
+        assert_equal(top_k(context, alike, 5), score_everything(context, alike, 5))
+    assert long_way.called
 
 
 def test_padding_takes_no_part_where_the_scaled_dots_overflow():
