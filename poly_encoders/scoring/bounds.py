@@ -63,10 +63,9 @@ class DotError:
         swell = 1 + 2 * BFLOAT16_STEP  # a rounded vector may be longer than the vector was
         share = swell * (taken / length + gamma * swell) + SUBNORMAL * math.sqrt(dim) / length
         constant = SUBNORMAL * (dim + math.sqrt(dim) * length)
-        # Rounding must not lower them.
-        self.length, self.share, self.constant, self.rest = (
-            (1 + 2.0**-18) * part for part in (length, share, constant, rest)
-        )
+        more = 1 + 2.0**-18  # rounding must not lower them
+        self.length, self.share, self.constant = length * more, share * more, constant * more
+        self.rest = self.length if axes is None else rest * more
 
     def of(self, norms: Tensor, residuals: Tensor | None = None, which: Any = slice(None)) -> Tensor:
         """Bounds for candidates of these norms and residuals in the contexts that `which` picks; the three broadcast.

@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from poly_encoders.hardware import has_fast_bf16
-from poly_encoders.scoring.axes import FEWEST, SAMPLE, WIDEST, on_axes, principal_axes, rounding
+from poly_encoders.scoring.axes import FEWEST, SAMPLE, WIDEST, on_axes, principal_axes
 from poly_encoders.scoring.bounds import upper_norms
 
 ROWS_AT_ONCE = 1024  # in one block on the CPU: a few MiB, which stay in the cache between the steps
@@ -30,13 +30,15 @@ class PreparedCandidates:
         norms: `(n,)`, float32: at least the length of each vector.
         residuals: `(n,)`, float32: at least the length of what `low` lacks of each.
         axes: `(dim, p)`, float32, orthonormal; `None` where `low` has all coordinates.
+        sample: Copies of some of the vectors.
     """
 
     vectors: Tensor | np.ndarray
     low: Tensor
     norms: Tensor
     residuals: Tensor
-    axes: Tensor | None = None
+    axes: Tensor | None
+    sample: Tensor
 
     def __len__(self) -> int:
         return len(self.low)
@@ -73,10 +75,12 @@ def prepare(
     axes = None
     is_worth_it = len(reader) >= FEWEST and reader.dim <= WIDEST and not has_fast_bf16(reader.device)
     if len(reader) and (form == "axes" or (form is None and is_worth_it)):
-        axes = principal_axes(reader.take(spread(SAMPLE, len(reader))), at_any_rate=form == "axes")
+        axes = principal_axes(reader.sample(SAMPLE), at_any_rate=form == "axes")
     with tqdm(total=len(reader), desc="Preparing", unit="candidate", disable=not show_progress_bar) as bar:
         if axes is None:
-            return PreparedCandidates(reader.held, *reader.rounded(0, len(reader), bar))
+            return PreparedCandidates(
+                reader.held, *reader.rounded(0, len(reader), bar), None, reader.sample(SPOT_CHECKS).clone()
+            )
         low = axes.new_empty(len(reader), axes.shape[1])
         norms, residuals = low.new_empty(len(reader)), low.new_empty(len(reader))
         for first, rows in reader.blocks(0, len(reader)):
@@ -85,7 +89,7 @@ def prepare(
             coordinates, rest = on_axes(rows, axes)
             low[here], residuals[here] = coordinates.to(low.device), rest.to(low.device)
             bar.update(len(rows))
-        return PreparedCandidates(reader.held, low, norms, residuals, axes)
+        return PreparedCandidates(reader.held, low, norms, residuals, axes, reader.sample(SPOT_CHECKS).clone())
 
 
 class CandidateReader:
@@ -126,19 +130,12 @@ class CandidateReader:
         if len(prepared) != len(self):
             counts = f"{len(prepared)} candidates were prepared, but there are {len(self)} now"
             raise ValueError(f"{counts}: prepare them again.")
-        width = prepared.low.shape[1] if prepared.axes is None else prepared.axes.shape[0]
-        if width != self.dim:
-            raise ValueError(f"Candidates {width} wide were prepared, but they are {self.dim} now: prepare them again.")
-        some = spread(SPOT_CHECKS, len(self)).to(self.device)
-        rows, then = self.take(some), prepared.low[some]
-        if prepared.axes is None:
-            same = (rows.bfloat16() == then).all(dim=1)
-        else:
-            now = on_axes(rows, prepared.axes)[0].to(self.device)
-            room = 2 * rounding(prepared.axes) * prepared.norms[some]
-            same = ((now - then).abs() <= room[:, None]).all(dim=1) | room.isinf()
-        if not bool(same.all()):
-            which = int(some[same.int().argmin()])
+        if prepared.sample.shape[1] != self.dim:
+            was = prepared.sample.shape[1]
+            raise ValueError(f"Candidates {was} wide were prepared, but they are {self.dim} now: prepare them again.")
+        now = self.sample(SPOT_CHECKS)
+        if not torch.equal(now, prepared.sample):
+            which = int((now != prepared.sample).any(dim=1).int().argmax()) * self._step(SPOT_CHECKS)
             raise ValueError(f"Candidate {which} is another vector than when it was prepared: prepare them again.")
 
     def __len__(self) -> int:
@@ -153,6 +150,13 @@ class CandidateReader:
         if not (piece.flags.writeable and piece.flags.c_contiguous and piece.dtype.isnative):
             piece = np.array(piece, dtype=piece.dtype.newbyteorder("="), order="C", subok=False)
         return torch.from_numpy(piece).to(self.device)
+
+    def sample(self, most: int) -> Tensor:
+        """So many of the vectors, evenly spread, or all where there are fewer: `(s, dim)`."""
+        return self.take(slice(0, most * self._step(most), self._step(most)))
+
+    def _step(self, most: int) -> int:
+        return max(1, len(self) // most)
 
     def blocks(self, start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
         """The vectors from start to stop in blocks that fit the CPU's cache, each with the index of its first."""
@@ -189,12 +193,6 @@ class CandidateReader:
             if bar is not None:
                 bar.update(len(rows))
         return low, norms, residuals
-
-
-def spread(most: int, n: int) -> Tensor:
-    """At most so many of the positions from 0 to n, evenly spread."""
-    some = min(most, n)
-    return torch.arange(some) * n // max(1, some)
 
 
 def vector_norms(rows: Tensor, first: int) -> Tensor:

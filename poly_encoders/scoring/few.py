@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
-from poly_encoders.scoring.candidates import CandidateReader
+from poly_encoders.hardware import full_float32_products
+from poly_encoders.scoring.bounds import DotError, lipschitz
+from poly_encoders.scoring.candidates import CandidateReader, vector_norms
 from poly_encoders.scoring.exact import exact_scores
-from poly_encoders.scoring.passes import Pass, Piece
 
 PAIRS = 16384  # of a context and a candidate, at most
 EXACT_AT_ONCE = 1024  # candidates that a context may leave for exact scores
@@ -26,18 +27,26 @@ def best_of_few(
     Returns:
         `(g, k)` float32 scores and int64 indices; `None` where too many are in doubt, as near ties are.
     """
-    sweep = Pass(context, padding, scale, "float32", {})
-    nothing_yet = torch.full((len(context),), -torch.inf, device=context.device)
-    pairs = sweep.survivors(Piece(reader, 0, len(reader)), nothing_yet, k, lambda likely: sweep.surely(reader, likely))
-    assert pairs is not None  # the k best at least
-    if len(pairs.which) > len(context) * max(EXACT_AT_ONCE, 4 * k):
+    contexts, m, dim = context.shape
+    rows = reader.take(slice(0, len(reader)))
+    longest = (vector_norms(rows, 0) if reader.prepared is None else reader.prepared.norms).amax()
+    dots = (rows.float() @ context.float().view(-1, dim).T).view(-1, contexts, m).transpose(0, 1)  # (g, n, m)
+    logits = dots * scale
+    if padding is not None:
+        logits = logits.masked_fill(padding[:, None], -torch.inf)
+    scores = (logits.softmax(dim=-1) * dots).sum(dim=-1)
+    known = DotError(context, context, full_float32_products(context.device))
+    # Of the k that look best each scores surely no less than the last of them looks, but for the error; the others have
+    # an error of their own. Comparisons are turned so that infinity or NaN excludes nobody.
+    least = scores.topk(k).values[:, -1] - 2 * lipschitz(m) * known.of(longest)
+    possible = ~(scores < least[:, None])
+    if int(possible.sum(dim=1).amax()) > max(EXACT_AT_ONCE, 4 * k):
         return None
     found = []
-    for number, vectors in enumerate(context):
-        indices = pairs.candidate[pairs.which == number]
-        own = None if padding is None else padding[number]
-        exact = exact_scores(vectors, reader.take(indices), own, scale).to(context.device)
+    for number, own in enumerate(possible):
+        indices, here = own.nonzero().flatten(), slice(number, number + 1)
+        exact = exact_scores(context[here], rows[indices][None], None if padding is None else padding[here], scale)[0]
         best = exact.sort(descending=True, stable=True)
         found.append((best.values[:k], indices[best.indices[:k]]))
-    scores, indices = map(torch.stack, zip(*found, strict=True))
-    return scores, indices
+    best_scores, indices = map(torch.stack, zip(*found, strict=True))
+    return best_scores, indices

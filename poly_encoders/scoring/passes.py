@@ -64,7 +64,6 @@ class Pairs(NamedTuple):
     score: Tensor
     least: Tensor  # the true score is surely as much
     most: Tensor  # and no more
-    rough: Tensor  # whether float32 would know better
 
     def at(self, places: Tensor) -> "Pairs":
         return Pairs(*(column[places] for column in self))
@@ -140,8 +139,7 @@ class Pass:
         error = self.error(norms[row], None if residuals is None else residuals[row], which)
         bounded = self._bounded(dots, error + self.step * dots.abs().amax(dim=-1), which)
         possible = (~(bounded[2] < threshold[which])).nonzero().flatten()
-        rough = torch.full_like(row, self.low, dtype=torch.bool)
-        return Pairs(which, row + piece.start, *bounded, rough).at(possible)
+        return Pairs(which, row + piece.start, *bounded).at(possible)
 
     def estimates(self, which: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rough scores in float32 of `(h, c, dim)` candidates, c for each of the `(h,)` contexts, and their bounds."""

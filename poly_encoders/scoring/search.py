@@ -79,10 +79,11 @@ def top_k(
         has_axes = reader.prepared is not None and reader.prepared.axes is not None
         precision = "exact" if has_axes or has_fast_bf16(context.device) else "float32"
     with torch.no_grad(), torch.autocast(context.device.type, enabled=False):  # the bounds know nothing of it
+        context, padding = _padding_last(context)
         best = None
         if len(reader) * len(context) <= PAIRS and precision != "bfloat16":
-            best = best_of_few(*_padding_last(context), reader, k, scale)
-        found = TopK(*(best or _best_of_many(context, reader, k, scale, precision, show_progress_bar)))
+            best = best_of_few(context, padding, reader, k, scale)
+        found = TopK(*(best or _best_of_many(context, padding, reader, k, scale, precision, show_progress_bar)))
     if not bool(found.scores.isfinite().all()):
         raise ValueError(
             "Scores overflow float32, so they cannot be ranked: the vectors are too long. Encode them again, or scale "
@@ -92,12 +93,22 @@ def top_k(
 
 
 def _best_of_many(
-    context: Tensor, reader: CandidateReader, k: int, scale: float, precision: Precision, show_progress_bar: bool
+    context: Tensor,
+    padding: Tensor | None,
+    reader: CandidateReader,
+    k: int,
+    scale: float,
+    precision: Precision,
+    show_progress_bar: bool,
 ) -> Iterator[Tensor]:
     """Scores and indices, `(batch, k)` each, after a pass over all in pieces."""
     workspace: Workspace = {}
     contexts = min(len(context), max(1, CONTEXT_VECTORS_AT_ONCE // context.shape[1]))
-    groups = [_Search(part, reader, k, scale, precision, workspace) for part in context.split(contexts)]
+    splits = [None] * len(context) if padding is None else padding.split(contexts)
+    groups = [
+        _Search(part, known, reader, k, scale, precision, workspace)
+        for part, known in zip(context.split(contexts), splits, strict=False)
+    ]
     with tqdm(total=len(reader), desc="Ranking", unit="candidate", disable=not show_progress_bar) as bar:
         for piece in pieces(reader, precision=precision, contexts=contexts, m=context.shape[1]):
             for group in groups:
@@ -110,13 +121,19 @@ class _Search:
     """One group of `(g, m, dim)` contexts on its way through the candidates; groups take turns in one workspace."""
 
     def __init__(
-        self, context: Tensor, reader: CandidateReader, k: int, scale: float, precision: Precision, room: Workspace
+        self,
+        context: Tensor,
+        padding: Tensor | None,
+        reader: CandidateReader,
+        k: int,
+        scale: float,
+        precision: Precision,
+        room: Workspace,
     ) -> None:
-        context, known = _padding_last(context)
         axes = None if reader.prepared is None else reader.prepared.axes
         self.approximate = precision == "bfloat16"
-        self.float32 = Pass(context, known, scale, "float32", room)
-        self.usual = self.float32 if precision == "float32" else Pass(context, known, scale, precision, room, axes)
+        self.float32 = Pass(context, padding, scale, "float32", room)
+        self.usual = self.float32 if precision == "float32" else Pass(context, padding, scale, precision, room, axes)
         self.shortlist = Shortlist(self.float32, reader, k, self.approximate)
         self.found: list[Pairs] = []
         self.seen = self.seen_when_settled = self.seen_when_raised = 0
@@ -153,13 +170,18 @@ class _Search:
 
 
 def _padding_last(context: Tensor) -> tuple[Tensor, Tensor | None]:
-    """`(b, m, dim)` vectors with the padding behind the others, where it changes no sum, and `(b, m)` where it is."""
+    """`(b, m, dim)` vectors with the padding behind the others, where it changes no sum, and `(b, m)` where it is.
+
+    Fewer than m where all have padding, as where no context has so many turns.
+    """
     padding = (context == 0).all(dim=-1)
-    padding &= ~padding.all(dim=-1, keepdim=True)  # nothing but zeros is no padding: every score is 0
     if not bool(padding.any()):
         return context, None
-    order = padding.int().argsort(dim=1, stable=True)
-    return context.take_along_dim(order[..., None], dim=1), padding.take_along_dim(order, dim=1)
+    padding &= ~padding.all(dim=-1, keepdim=True)  # nothing but zeros is no padding: every score is 0
+    padding, order = padding.int().sort(dim=1, stable=True)
+    longest = int((padding == 0).sum(dim=1).amax())
+    context = context.take_along_dim(order[:, :longest, None], dim=1)
+    return context, padding[:, :longest].bool() if bool(padding[:, :longest].any()) else None
 
 
 def _checked_context(context: Tensor | np.ndarray) -> Tensor:
@@ -177,10 +199,7 @@ def _checked_context(context: Tensor | np.ndarray) -> Tensor:
         raise ValueError(
             "The context vectors hold NaN or infinity, so nothing can be ranked. Encode the contexts again."
         )
-    used = (context != 0).any(dim=-1).any(dim=0)
-    used[0] |= ~used.any()  # nothing but zeros is no padding
-    # Where contexts have few turns, most of the m are padding in all of them.
-    return context.detach() if bool(used.all()) else context.detach()[:, used]
+    return context.detach()
 
 
 def _checked(context: Tensor, candidates: CandidateReader, k: int, scale: float, precision: str | None) -> int:

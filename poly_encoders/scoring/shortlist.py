@@ -1,4 +1,4 @@
-"""The few candidates that may still be among the best of their context, looked at ever more closely."""
+"""The few candidates that may still be among the best of their context."""
 
 from collections.abc import Iterator
 
@@ -10,8 +10,7 @@ from poly_encoders.scoring.exact import exact_scores
 from poly_encoders.scoring.passes import Pairs, Pass
 
 AT_ONCE = 2**20  # numbers gathered at a time, of all contexts together
-FEW = 64  # exact scores of so many, and of four times k, cost less than another look at them
-LONG = 2048  # a context with more candidates than this, and than four times k, needs the next closer look
+LONG = 2048  # a context with more candidates than this, and than four times k, needs exact scores, which part them
 
 
 class Shortlist:
@@ -34,7 +33,7 @@ class Shortlist:
         self.contexts = len(closer.context)
         self.threshold = torch.full((self.contexts,), -torch.inf, dtype=torch.float32, device=closer.context.device)
         none = self.threshold[:0]
-        self.pairs = Pairs(none.long(), none.long(), none, none, none, none.bool())
+        self.pairs = Pairs(none.long(), none.long(), none, none, none)
 
     def raise_thresholds(self, likely: Tensor) -> Tensor:
         """The thresholds, raised to what `(g, k)` different candidates surely score, if that is higher."""
@@ -50,17 +49,11 @@ class Shortlist:
             return
         self._strike()
         if self._is_long():
-            self._look_closer(self._all())
-            self._strike()
-        if self._is_long():  # near ties by the thousand
             self._score_exactly(self._all())
             self._keep_best()
 
     def finish(self) -> tuple[Tensor, Tensor]:
         """The k best of each context, exactly: `(g, k)` float32 scores and int64 indices."""
-        if len(self.pairs.candidate) > self.contexts * (FEW + 4 * self.k) and not self.approximate:
-            self._look_closer(self._all())
-            self._strike()
         self._score_exactly(self._all())
         self._keep_best()
         best, _ = self._ranked(self.pairs.score)
@@ -73,21 +66,12 @@ class Shortlist:
         which = self.pairs.which
         return len(which) > LONG and int(which.bincount(minlength=1).amax()) > max(LONG, 4 * self.k)
 
-    def _look_closer(self, places: Tensor) -> None:
-        """Put float32 estimates in those of the places where they are still rough."""
-        places = places[self.pairs.rough[places]]
-        for here, contexts, vectors, there in self._gathered(places):
-            for column, found in zip(self.pairs[2:5], self.closer.estimates(contexts, vectors), strict=True):
-                column[here] = found[there]
-        self.pairs.rough[places] = False
-
     def _score_exactly(self, places: Tensor) -> None:
         for here, contexts, vectors, there in self._gathered(places):
             padding = None if self.closer.padding is None else self.closer.padding[contexts]
             score = exact_scores(self.closer.context[contexts], vectors, padding, self.closer.scale)
             for column in self.pairs[2:5]:
-                column[here] = score.to(self.threshold.device)[there]
-        self.pairs.rough[places] = False
+                column[here] = score[there]
 
     def _gathered(self, places: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]]:
         """The candidates in some places, in blocks of as many for each of some contexts.

@@ -10,11 +10,18 @@ from hypothesis import strategies as st
 
 from poly_encoders.modeling import poly_score
 from poly_encoders.scoring import exact
-from poly_encoders.scoring.exact import PRODUCTS_AT_ONCE, exact_scores, ordered_sum
+from poly_encoders.scoring.exact import PRODUCTS_AT_ONCE, exact_scores, ordered_scores, ordered_sum
+from vectors import KINDS, vectors
 
 
 def scores_of(context, rows, scale=1.0, padding=None):
-    return exact_scores(context, rows, padding, scale)
+    return exact_scores(context[None], rows[None], None if padding is None else padding[None], scale)[0]
+
+
+def in_order(context, rows, scale=1.0, padding=None):
+    """The slow, obvious twin: every sum in the one order."""
+    context, rows = context.double().expand(len(rows), *context.shape), rows.double()
+    return ordered_scores(context, rows, padding, scale).float()
 
 
 @given(seed=st.integers(0, 10**6), dim=st.integers(1, 900), m=st.integers(1, 9), step=st.integers(1, 40))
@@ -25,6 +32,33 @@ def test_pieces_give_the_same_bits(seed, dim, m, step):
     assert torch.equal(whole, torch.cat([scores_of(context, some) for some in rows.split(step)]))
     order = torch.randperm(41)
     assert torch.equal(whole[order], scores_of(context, rows[order]))
+
+
+@given(
+    kind=st.sampled_from(KINDS),
+    seed=st.integers(0, 10**6),
+    m=st.integers(1, 20),
+    dim=st.integers(1, 200),
+    scale=st.sampled_from([1e-3, 1.0, 20.0, 1e4]),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+)
+def test_a_product_gives_the_bits_of_sums_in_order(kind, seed, m, dim, scale, dtype):
+    context, rows = (part.to(dtype) for part in vectors(kind, b=1, m=m, n=50, dim=dim, seed=seed))
+    assert torch.equal(scores_of(context[0], rows, scale), in_order(context[0], rows, scale))
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e5])
+def test_scores_near_the_middle_between_two_numbers_are_added_up_in_order(scale):
+    torch.manual_seed(0)
+    middle = 1 + 2.0**-24  # of 1 and the next float32
+    y = torch.randn(2, 300, dtype=torch.float64)
+    rows = torch.randn(500, 300, dtype=torch.float64)
+    rows *= (middle / poly_score(y[None], rows, scale)[0])[:, None]
+    wanted = in_order(y, rows, scale)
+    assert torch.equal(scores_of(y, rows, scale), wanted)
+    with mock.patch.object(exact, "ordered_scores", return_value=torch.zeros(())) as in_order_again:
+        scores_of(y, rows, scale)
+    assert in_order_again.called
 
 
 @pytest.mark.parametrize("scale", [1.0, 768**-0.5])

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from poly_encoders import PolyEncoder, poly_score
 from poly_encoders.scoring import TopK, passes, prepare, search, shortlist, top_k
-from poly_encoders.scoring.exact import exact_scores
+from poly_encoders.scoring.exact import ordered_scores
 from vectors import KINDS, vectors
 
 
@@ -23,7 +23,8 @@ def score_everything(context, candidates, k, scale=1.0):
     for y in context:
         padding = (y == 0).all(dim=-1)
         real = y if padding.all() else y[~padding]
-        found = exact_scores(real, candidates, None, scale).sort(descending=True, stable=True)
+        repeated = real.double().expand(len(candidates), *real.shape)
+        found = ordered_scores(repeated, candidates.double(), None, scale).float().sort(descending=True, stable=True)
         rows.append(found.values[:k])
         order.append(found.indices[:k])
     return TopK(torch.stack(rows), torch.stack(order))
