@@ -95,11 +95,15 @@ def prepare(
 class CandidateReader:
     """Pieces of candidate vectors as tensors on one device, whatever holds them.
 
-    Args and errors as for `prepare`. What was prepared will do as well, if it is still of as many candidates.
+    Args and errors as for `prepare`. What was prepared will do as well, if it is still of as many candidates; and
+    `where`, `(n,)`, says which of them count: all where it is left out.
     """
 
     def __init__(
-        self, candidates: PreparedCandidates | Tensor | np.ndarray, device: torch.device | str | None = None
+        self,
+        candidates: PreparedCandidates | Tensor | np.ndarray,
+        device: torch.device | str | None = None,
+        where: Tensor | np.ndarray | None = None,
     ) -> None:
         self.prepared = candidates if isinstance(candidates, PreparedCandidates) else None
         if self.prepared is not None:
@@ -124,6 +128,10 @@ class CandidateReader:
         self.dim = candidates.shape[1]
         if self.prepared is not None:
             self._refuse_changed(self.prepared)
+        self.where = None if where is None else torch.as_tensor(where, device=self.device)
+        if self.where is not None and (self.where.dtype != torch.bool or self.where.shape != (len(self),)):
+            what = f"{self.where.dtype} of shape {tuple(self.where.shape)}"
+            raise ValueError(f"where is {what}; expected booleans, one for each of the {len(self)} candidates.")
 
     def _refuse_changed(self, prepared: PreparedCandidates) -> None:
         """Look at some of the vectors, whether they are those that were prepared."""

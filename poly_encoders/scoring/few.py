@@ -13,7 +13,7 @@ EXACT_AT_ONCE = 1024  # candidates that a context may leave for exact scores
 
 
 def best_of_few(
-    context: Tensor, padding: Tensor | None, reader: CandidateReader, k: int, scale: float
+    context: Tensor, padding: Tensor | None, reader: CandidateReader, among: Tensor | None, k: int, scale: float
 ) -> tuple[Tensor, Tensor] | None:
     """One float32 product, and exact scores of those that its error leaves in doubt.
 
@@ -21,15 +21,17 @@ def best_of_few(
         context: `(g, m, dim)` context vectors.
         padding: `(g, m)`, true for those that take no part, which are the last; `None` where all do.
         reader: All candidates.
-        k: How many, at least 1 and at most all.
+        among: `(n,)`, those to choose from, ascending; `None` for all.
+        k: How many, at least 1 and at most n.
         scale: Factor on the dots inside the softmax.
 
     Returns:
         `(g, k)` float32 scores and int64 indices; `None` where too many are in doubt, as near ties are.
     """
     contexts, m, dim = context.shape
-    rows = reader.take(slice(0, len(reader)))
-    longest = (vector_norms(rows, 0) if reader.prepared is None else reader.prepared.norms).amax()
+    rows = reader.take(slice(0, len(reader)) if among is None else among)
+    known_norms = None if reader.prepared is None or among is not None else reader.prepared.norms
+    longest = (vector_norms(rows, 0) if known_norms is None else known_norms).amax()
     dots = (rows.float() @ context.float().view(-1, dim).T).view(-1, contexts, m).transpose(0, 1)  # (g, n, m)
     logits = dots * scale
     if padding is not None:
@@ -49,4 +51,4 @@ def best_of_few(
         best = exact.sort(descending=True, stable=True)
         found.append((best.values[:k], indices[best.indices[:k]]))
     best_scores, indices = map(torch.stack, zip(*found, strict=True))
-    return best_scores, indices
+    return best_scores, indices if among is None else among[indices]

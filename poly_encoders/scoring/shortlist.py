@@ -1,7 +1,5 @@
 """The few candidates that may still be among the best of their context."""
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
@@ -9,7 +7,7 @@ from poly_encoders.scoring.candidates import CandidateReader
 from poly_encoders.scoring.exact import exact_scores
 from poly_encoders.scoring.passes import Pairs, Pass
 
-AT_ONCE = 2**20  # numbers gathered at a time, of all contexts together
+AT_ONCE = 2**20  # numbers gathered at a time
 LONG = 2048  # a context with more candidates than this, and than four times k, needs exact scores, which part them
 
 
@@ -33,7 +31,7 @@ class Shortlist:
         self.contexts = len(closer.context)
         self.threshold = torch.full((self.contexts,), -torch.inf, dtype=torch.float32, device=closer.context.device)
         none = self.threshold[:0]
-        self.pairs = Pairs(none.long(), none.long(), none, none, none)
+        self.pairs = Pairs(none.long(), none.long(), none, none, none, none.bool())
 
     def raise_thresholds(self, likely: Tensor) -> Tensor:
         """The thresholds, raised to what `(g, k)` different candidates surely score, if that is higher."""
@@ -47,6 +45,9 @@ class Shortlist:
             self._score_exactly((~self.pairs.score.isfinite()).nonzero().flatten())  # those that bfloat16 cannot hold
             self._keep_best()
             return
+        self._strike()
+        # What those score that look best is a better threshold than what is sure of all.
+        self._score_exactly(self._ranked_first(self.pairs.score))
         self._strike()
         if self._is_long():
             self._score_exactly(self._all())
@@ -67,30 +68,26 @@ class Shortlist:
         return len(which) > LONG and int(which.bincount(minlength=1).amax()) > max(LONG, 4 * self.k)
 
     def _score_exactly(self, places: Tensor) -> None:
-        for here, contexts, vectors, there in self._gathered(places):
-            padding = None if self.closer.padding is None else self.closer.padding[contexts]
-            score = exact_scores(self.closer.context[contexts], vectors, padding, self.closer.scale)
-            for column in self.pairs[2:5]:
-                column[here] = score[there]
+        """Put exact scores in those of the places where they are not yet known."""
+        places, _ = self._by_context(places[~self.pairs.exact[places]])
+        counts = self.pairs.which[places].bincount(minlength=self.contexts).tolist()
+        for number, own in enumerate(places.split(counts)):
+            here = slice(number, number + 1)
+            context, padding = (
+                self.closer.context[here],
+                None if self.closer.padding is None else self.closer.padding[here],
+            )
+            for some in own.split(max(1, AT_ONCE // self.reader.dim)) if len(own) else []:
+                vectors = self.reader.take(self.pairs.candidate[some])[None]
+                score = exact_scores(context, vectors, padding, self.closer.scale)[0]
+                for column in (self.pairs.score, self.pairs.least, self.pairs.most):
+                    column[some] = score
+        self.pairs.exact[places] = True
 
-    def _gathered(self, places: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]]:
-        """The candidates in some places, in blocks of as many for each of some contexts.
-
-        Some `(p,)` of the places; a block's `(h,)` contexts; the `(h, c, dim)` block, with zeros where a context has
-        fewer than others; and where in the block each place is, two of `(p,)`.
-        """
-        places, rank = self._by_context(places)
-        while len(places):
-            contexts, row = self.pairs.which[places].unique(return_inverse=True)
-            width = max(1, AT_ONCE // (len(contexts) * self.reader.dim))
-            first = (rank < width).nonzero().flatten()
-            there = (row[first], rank[first])
-            rows = self.reader.take(self.pairs.candidate[places[first]])
-            block = rows.new_zeros((len(contexts), int(there[1].amax()) + 1, self.reader.dim))
-            block[there] = rows
-            yield places[first], contexts, block, there
-            others = (rank >= width).nonzero().flatten()
-            places, rank = places[others], rank[others] - width
+    def _ranked_first(self, score: Tensor) -> Tensor:
+        """Places of the k best of each context."""
+        places, rank = self._ranked(score)
+        return places[rank < self.k]
 
     def _ranked(self, score: Tensor) -> tuple[Tensor, Tensor]:
         """Places by context and then by falling score, and the rank of each within its context, 0 for the first.
