@@ -3,8 +3,8 @@
 `poly_encoders.modeling.poly_score` is the plain form of both, which their tests compare them with.
 """
 
-from poly_encoders.scoring.candidates import PreparedCandidates, prepare
+from poly_encoders.scoring.candidates import PreparedCandidates, load_prepared, prepare
 from poly_encoders.scoring.dense import score
 from poly_encoders.scoring.search import TopK, top_k
 
-__all__ = ["PreparedCandidates", "TopK", "prepare", "score", "top_k"]
+__all__ = ["PreparedCandidates", "TopK", "load_prepared", "prepare", "score", "top_k"]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -15,6 +16,7 @@ from poly_encoders.scoring.bounds import upper_norms
 
 ROWS_AT_ONCE = 1024  # in one block on the CPU: a few MiB, which stay in the cache between the steps
 GPU_ROWS_AT_ONCE = 65536
+AXES, MAPPED = "axes.npy", ("low.bin", "norms.bin", "residuals.bin")  # in the folder of what was prepared
 SPOT_CHECKS = 16  # of what was prepared, in every call
 
 
@@ -49,6 +51,7 @@ def prepare(
     *,
     device: torch.device | str | None = None,
     form: Literal["bfloat16", "axes"] | None = None,
+    folder: str | Path | None = None,
     show_progress_bar: bool = False,
 ) -> PreparedCandidates:
     """Make of candidate vectors, once, what a first pass reads faster, for any number of `top_k` calls.
@@ -63,6 +66,8 @@ def prepare(
         device: Where the copy goes: the tensor's own device by default, the CPU for an array. An array may be prepared
             on a GPU, where it need not fit whole.
         form: What to make at any rate.
+        folder: Keep what is made in files there, from which it is mapped, in place of memory; `load_prepared` finds it
+            again. On the CPU.
         show_progress_bar: Show one.
 
     Raises:
@@ -76,20 +81,61 @@ def prepare(
     is_worth_it = len(reader) >= FEWEST and reader.dim <= WIDEST and not has_fast_bf16(reader.device)
     if len(reader) and (form == "axes" or (form is None and is_worth_it)):
         axes = principal_axes(reader.sample(SAMPLE), at_any_rate=form == "axes")
-    with tqdm(total=len(reader), desc="Preparing", unit="candidate", disable=not show_progress_bar) as bar:
-        if axes is None:
-            return PreparedCandidates(
-                reader.held, *reader.rounded(0, len(reader), bar), None, reader.sample(SPOT_CHECKS).clone()
-            )
-        low = axes.new_empty(len(reader), axes.shape[1])
-        norms, residuals = low.new_empty(len(reader)), low.new_empty(len(reader))
-        for first, rows in reader.blocks(0, len(reader)):
+    n, width = len(reader), reader.dim if axes is None else axes.shape[1]
+    dtype = torch.bfloat16 if axes is None else torch.float32
+    with tqdm(total=n, desc="Preparing", unit="candidate", disable=not show_progress_bar) as bar:
+        if axes is None and folder is None:
+            return PreparedCandidates(reader.held, *reader.rounded(0, n, bar), None, reader.sample(SPOT_CHECKS).clone())
+        if folder is None:
+            low = torch.empty(n, width, dtype=dtype, device=reader.device)
+            norms, residuals = low.new_empty(n, dtype=torch.float32), low.new_empty(n, dtype=torch.float32)
+        else:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            if axes is not None:
+                np.save(Path(folder, AXES), axes.numpy())
+            low, norms, residuals = _mapped(folder, n, width, dtype, shared=True)
+        for first, rows in reader.blocks(0, n):
             here = slice(first, first + len(rows))
-            norms[here] = vector_norms(rows, first)
-            coordinates, rest = on_axes(rows, axes)
-            low[here], residuals[here] = coordinates.to(low.device), rest.to(low.device)
+            if axes is None:
+                low[here], norms[here], residuals[here] = reader.rounded(here.start, here.stop)
+            else:
+                norms[here] = vector_norms(rows, first)
+                coordinates, rest = on_axes(rows, axes)
+                low[here], residuals[here] = coordinates.to(low.device), rest.to(low.device)
             bar.update(len(rows))
-        return PreparedCandidates(reader.held, low, norms, residuals, axes, reader.sample(SPOT_CHECKS).clone())
+    return PreparedCandidates(reader.held, low, norms, residuals, axes, reader.sample(SPOT_CHECKS).clone())
+
+
+def load_prepared(candidates: Tensor | np.ndarray, folder: str | Path) -> PreparedCandidates:
+    """What `prepare(candidates, folder=folder)` made, mapped from its files.
+
+    Raises:
+        ValueError: the files are of other candidates, or cut off.
+        OSError: they are not there.
+    """
+    reader = CandidateReader(candidates, "cpu")
+    path = Path(folder, AXES)
+    axes = torch.from_numpy(np.load(path, allow_pickle=False)) if path.is_file() else None
+    width, dtype = (reader.dim, torch.bfloat16) if axes is None else (axes.shape[1], torch.float32)
+    for name, size in zip(MAPPED, (width * dtype.itemsize, 4, 4), strict=True):
+        if (found := Path(folder, name).stat().st_size) != size * len(reader):
+            raise ValueError(f"{Path(folder, name)} has {found} bytes, not {size * len(reader)}: prepare again.")
+    low, norms, residuals = _mapped(folder, len(reader), width, dtype, shared=False)
+    some = PreparedCandidates(reader.held, low, norms, residuals, axes, reader.sample(SPOT_CHECKS).clone())
+    length = upper_norms(some.sample)
+    known = CandidateReader(norms[:, None]).sample(SPOT_CHECKS)[:, 0]
+    if not torch.equal(length, known):
+        raise ValueError(f"What was prepared in {folder} is of other candidates: prepare again.")
+    return some
+
+
+def _mapped(folder: str | Path, n: int, width: int, dtype: torch.dtype, shared: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """`low`, `norms` and `residuals` of so many candidates in files; what is written goes there if they are shared."""
+    low, norms, residuals = (
+        torch.from_file(str(Path(folder, name)), shared=shared, size=n * each, dtype=kind)
+        for name, each, kind in zip(MAPPED, (width, 1, 1), (dtype, torch.float32, torch.float32), strict=True)
+    )
+    return low.view(n, width), norms, residuals
 
 
 class CandidateReader:

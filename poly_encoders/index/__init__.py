@@ -1,0 +1,5 @@
+"""Candidates on disk, searched exactly or approximately, and changed while they are read."""
+
+from poly_encoders.index.candidate_index import CandidateIndex, Hits
+
+__all__ = ["CandidateIndex", "Hits"]

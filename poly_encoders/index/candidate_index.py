@@ -1,0 +1,399 @@
+"""An index of candidates: built once, searched from disk, changed while it is read."""
+
+import os
+from collections.abc import Iterable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from poly_encoders.index.derived_files import FOLDER, damaged_files
+from poly_encoders.index.encoding import IndexModel
+from poly_encoders.index.given_vectors import given_batches
+from poly_encoders.index.index_hub import download, push
+from poly_encoders.index.index_writer import conforming, encode_into, stored_rows
+from poly_encoders.index.lance_store import ID, ROWS_AT_ONCE, TABLE, TEXT, IndexSettings, LanceStore, first_line
+from poly_encoders.index.row_batches import row_batches
+from poly_encoders.index.view import View, default_cells
+from poly_encoders.modeling.text_poly_encoder import checked_count
+from poly_encoders.two_sided import TwoSidedEncoder, is_single_context, refuse_other_lengths
+
+Engine = Literal["exact", "ann"]
+EXACT_UP_TO = 300_000  # rows that the exact engine searches unless told
+
+
+class Hits(list[dict[str, Any]]):
+    """The best candidates for one context, best first: dicts of `id`, `score`, `text` and the metadata.
+
+    Attributes:
+        proven: No other candidate is better: these are what scoring all of them gives.
+        looked_at: The share of the candidates that were scored.
+    """
+
+    def __init__(self, rows: Iterable[dict[str, Any]], proven: bool, looked_at: float) -> None:
+        super().__init__(rows)
+        self.proven, self.looked_at = proven, looked_at
+
+
+class CandidateIndex:
+    """Candidates with ids, texts, metadata and vectors in a folder, searched with a model.
+
+    An index object sees the version that it opened, and its own changes; `refresh` opens the newest. Others may read
+    and write the same folder meanwhile.
+
+    Example:
+        >>> index = CandidateIndex.build(model, ["Fine, thanks.", "Forty-two."], "replies")  # doctest: +SKIP
+        >>> index.search(["Hi!", "How are you?"], top_k=1)[0]["text"]  # doctest: +SKIP
+    """
+
+    def __init__(self, store: LanceStore, model: TwoSidedEncoder | None = None) -> None:
+        self.store = store
+        self._model = None if model is None else IndexModel(model)
+        self._view: View | None = None
+        if self._model is not None:
+            self._model.refuse_other(store.settings.probes, store.settings.dim, store.path)
+
+    # --- making and opening ----------------------------------------------------------------------------------------
+
+    @classmethod
+    def build(
+        cls,
+        model: TwoSidedEncoder,
+        candidates: Any,
+        path: str | os.PathLike[str],
+        *,
+        dtype: Literal["float16", "float32"] = "float16",
+        batch_size: int = 32,
+        show_progress_bar: bool = True,
+    ) -> "CandidateIndex":
+        """Encode candidates into a new index, or into one that is there: only what is new or has changed.
+
+        Rows are committed some thousand at a time, so that whoever runs it again after a kill goes on from there.
+
+        Args:
+            model: A PolyEncoder or BiEncoder.
+            candidates: Texts, rows, a data set or files; see `poly_encoders.index.row_batches`. They are streamed.
+            path: The index's folder.
+            dtype: What vectors are stored in.
+            batch_size: As in `encode`.
+            show_progress_bar: Show one, with the rate.
+
+        Raises:
+            TypeError, ValueError: what is no candidate, duplicate ids, empty texts, another model's index.
+            OSError: a folder that cannot be written, a full disk; what was committed before stays.
+        """
+        encoder = IndexModel(model)
+        if dtype not in ("float16", "float32"):
+            raise ValueError(f"dtype is 'float16' or 'float32', not {dtype!r}.")
+        batches = row_batches(candidates)
+        if LanceStore.is_there(path):
+            index = cls.load(path, model)
+        else:
+            first = next(batches, None)
+            if first is None:
+                raise ValueError("There are no candidates to build an index of.")
+            settings = IndexSettings(encoder.dim, dtype, encoder.name, encoder.probes())
+            index = cls(LanceStore.create(path, first.schema, settings))
+            index._model = encoder
+            batches = (table for part in ([first], batches) for table in part)
+        index._write(batches, candidates, batch_size, show_progress_bar)
+        return index
+
+    @classmethod
+    def from_vectors(
+        cls,
+        vectors: Any,
+        ids: Any = None,
+        texts: Any = None,
+        path: str | os.PathLike[str] = "index",
+        *,
+        metadata: Any = None,
+        model: TwoSidedEncoder | None = None,
+        dtype: Literal["float16", "float32"] = "float16",
+        show_progress_bar: bool = True,
+    ) -> "CandidateIndex":
+        """An index of vectors that are there.
+
+        Args:
+            vectors: `(n, dim)`: numpy or a memory map, a tensor, an Arrow fixed-size-list column, a FAISS index that
+                can reconstruct its vectors, or a Lance table with a column `vector`.
+            ids: One for each; positions where they are left out. Of a Lance table the name of the column.
+            texts: One for each, or none. Of a Lance table the name of the column.
+            path: A folder that is new.
+            metadata: An Arrow table or a dict of columns.
+            model: Who encoded them, if it is known: then they can be searched with no other.
+            dtype: What they are stored in.
+            show_progress_bar: Show one.
+
+        Raises:
+            TypeError, ValueError: vectors of another shape, NaN, other numbers of ids and texts, duplicate ids.
+            FileExistsError: an index is there already.
+        """
+        if LanceStore.is_there(path):
+            raise FileExistsError(f"{path} is an index already. Choose another folder, or add to it.")
+        encoder = None if model is None else IndexModel(model)
+        batches = given_batches(vectors, ids, texts, metadata)
+        first = next(batches, None)
+        if first is None:
+            raise ValueError("There are no vectors to make an index of.")
+        dim = first[1].shape[1]
+        if encoder is not None:
+            encoder.refuse_other(None, dim, "the vectors given")
+            if encoder.normalize or getattr(encoder.model, "scores_are_cosines", False):
+                refuse_other_lengths(_tensor(first[1]))
+        probes, name = (None, None) if encoder is None else (encoder.probes(), encoder.name)
+        store = LanceStore.create(path, first[0].schema, IndexSettings(dim, dtype, name, probes))
+        index = cls(store)
+        index._model = encoder
+        with tqdm(desc="Adding", unit="candidate", disable=not show_progress_bar) as bar:
+            for table, rows in (pair for part in ([first], batches) for pair in part):
+                index._set(index.store.upsert(stored_rows(index.store, conforming(index.store, table), rows)))
+                bar.update(len(rows))
+        return index
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], model: TwoSidedEncoder | None = None, version: int | None = None
+    ) -> "CandidateIndex":
+        """Open an index; without a model to look at it, or to search by vectors.
+
+        Raises:
+            FileNotFoundError: no index is there.
+            ValueError: candidates were encoded otherwise than by this model; damaged files; a newer format.
+        """
+        return cls(LanceStore.open(path, version), model)
+
+    @classmethod
+    def from_pretrained(
+        cls, repo_id: str, model: TwoSidedEncoder | None = None, *, revision: str | None = None, token: Any = None
+    ) -> "CandidateIndex":
+        """Download an index from the Hub, where it is a data set, or open a local one."""
+        return cls.load(repo_id if Path(repo_id).is_dir() else download(repo_id, revision, token), model)
+
+    def refresh(self) -> "CandidateIndex":
+        """See what others have changed since; returns itself."""
+        self._set(self.store.latest())
+        return self
+
+    # --- what is in it ---------------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def info(self) -> dict[str, Any]:
+        """Counts, sizes in bytes, and how it was made."""
+        settings, path = self.store.settings, self.store.path
+        return {
+            "candidates": len(self),
+            "dim": settings.dim,
+            "dtype": settings.dtype,
+            "model": settings.model,
+            "version": self.store.version,
+            "metadata": self.store.metadata_columns,
+            "table_bytes": _size(path / TABLE),
+            "derived_bytes": _size(path / FOLDER),
+            "format": settings.format,
+        }
+
+    def verify(self) -> None:
+        """Read everything and compare it with its checksums.
+
+        Raises:
+            ValueError: names what is damaged.
+        """
+        if damaged := damaged_files(self.store):
+            raise ValueError(f"{damaged[0]} is damaged. Delete its folder: it is made again from the table.")
+        try:
+            for _ in self.store.vectors(np.sort(self.store.row_ids())):
+                pass
+            for start in range(0, len(self), ROWS_AT_ONCE):
+                self.store.take(range(start, min(start + ROWS_AT_ONCE, len(self))))
+        except (ValueError, OSError) as error:
+            if str(self.store.path) in str(error):
+                raise
+            raise ValueError(f"The table of {self.store.path} is damaged: {first_line(error)}") from error
+
+    # --- changing it -----------------------------------------------------------------------------------------------
+
+    def add(self, candidates: Any, *, batch_size: int = 32, show_progress_bar: bool = False) -> int:
+        """Add candidates; those that are there already, the same, are left. Returns how many are new.
+
+        Raises:
+            ValueError: an id is there with another text or metadata; `upsert` replaces it. Batches before it are added.
+        """
+        return self._write(row_batches(candidates), candidates, batch_size, show_progress_bar, replace=False)
+
+    def upsert(self, candidates: Any, *, batch_size: int = 32, show_progress_bar: bool = False) -> int:
+        """Add candidates in place of those of the same ids. Returns how many were new or changed."""
+        return self._write(row_batches(candidates), candidates, batch_size, show_progress_bar)
+
+    def delete(self, ids: Sequence[str | int] | None = None, *, filter: str | None = None) -> int:  # noqa: A002  # the field's name for it
+        """Delete candidates by their ids, or those that meet a condition in SQL. Returns how many there were.
+
+        Raises:
+            ValueError: neither or both given, or a condition of wrong syntax or on a missing column.
+        """
+        if (ids is None) == (filter is None):
+            raise ValueError("Give the ids to delete, or a filter.")
+        if isinstance(ids, str):
+            raise TypeError(f"ids is the text {ids!r}; expected a list of ids.")
+        before = len(self.store.latest())
+        if ids is not None:
+            for start in range(0, len(ids), 1000):
+                listed = ", ".join(map(_literal, ids[start : start + 1000]))
+                self._set(self.store.latest().delete(f"{ID} IN ({listed})"))
+        else:
+            self._set(self._filtered(lambda: self.store.latest().delete(str(filter))))
+        return before - len(self)
+
+    def compact(self, keep_versions_of: timedelta = timedelta(days=7), show_progress_bar: bool = False) -> None:
+        """Merge small files, drop deleted rows, forget versions older than this, and make the derived files again."""
+        has_cells = self._view is not None and self._view.derived is not None and self._view.derived.cells is not None
+        self._set(self.store.latest().compact(keep_versions_of))
+        self._view = View(self.store, has_cells, show_progress_bar)
+
+    # --- searching -------------------------------------------------------------------------------------------------
+
+    def search(
+        self,
+        contexts: Any,
+        top_k: int = 10,
+        filter: str | None = None,  # noqa: A002
+        *,
+        engine: Engine | None = None,
+        cells: int | None = None,
+        certify: bool = False,
+        show_progress_bar: bool = False,
+        **options: Any,
+    ) -> Any:
+        """The best candidates for contexts.
+
+        Args:
+            contexts: A list of contexts, each a text, a list of turns or of chat messages; or a single text.
+            top_k: How many for each; all where there are fewer.
+            filter: Which to choose from: a condition on the metadata in SQL, such as `"year > 2020 AND tag = 'faq'"`.
+            engine: `"exact"` scores all of them; `"ann"` looks into the cells of near candidates that score best, after
+                cells were made once. Up to 300,000 candidates exact by default.
+            cells: How many cells `"ann"` looks into: one in 32 by default, and 48 at least.
+            certify: Let `"ann"` look into more, up to five times as many, until its answer is proven to be exact.
+            show_progress_bar: Show one while files are made.
+            **options: Of `encode_query`.
+
+        Returns:
+            A list of `Hits` for each context; for a single text its `Hits`.
+
+        Raises:
+            ValueError: no model, a filter of wrong syntax or on a missing column, an unknown engine.
+        """
+        if self._model is None:
+            raise ValueError(
+                "This index was opened without a model: CandidateIndex.load(path, model) searches by texts."
+            )
+        single = is_single_context(contexts)
+        vectors = self._model.contexts([contexts] if single else contexts, show_progress_bar=False, **options)
+        found = self.search_vectors(
+            vectors,
+            top_k,
+            filter,
+            scale=self._model.scale,
+            engine=engine,
+            cells=cells,
+            certify=certify,
+            show_progress_bar=show_progress_bar,
+        )
+        return found[0] if single else found
+
+    def search_vectors(
+        self,
+        contexts: Any,
+        top_k: int = 10,
+        filter: str | None = None,  # noqa: A002
+        *,
+        scale: float,
+        engine: Engine | None = None,
+        cells: int | None = None,
+        certify: bool = False,
+        show_progress_bar: bool = False,
+    ) -> list[Hits]:
+        """As `search`, for `(n, m, dim)` context vectors and a model's `final_scale`."""
+        if engine not in (None, "exact", "ann"):
+            raise ValueError(f"engine is 'exact' or 'ann', not {engine!r}.")
+        k = checked_count(top_k, "top_k", least=0) or 0
+        approximate = (engine or ("exact" if len(self) <= EXACT_UP_TO else "ann")) == "ann"
+        if self._view is None or (approximate and not self._view.has_cells):
+            self._view = View(self.store, approximate, show_progress_bar)
+        view, wanted = self._view, None
+        if approximate and view.derived is not None and view.derived.cells is not None:
+            wanted = checked_count(cells, "cells") or default_cells(len(view.derived.cells))
+        found = self._filtered(
+            lambda: view.search(_tensor(contexts), k, scale=scale, condition=filter, cells=wanted, certify=certify)
+        )
+        rows = view.rows(np.concatenate([one.row_ids for one in found])) if found else []
+        answers = []
+        for one in found:
+            mine, rows = rows[: len(one.scores)], rows[len(one.scores) :]
+            scored = zip(mine, one.scores.tolist(), strict=True)
+            hits = ({ID: row.pop(ID), "score": score, **row} for row, score in scored)
+            answers.append(Hits(hits, one.proven, one.looked_at))
+        return answers
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: Any = None) -> str:
+        """Upload it as a data set, with a card; derived files stay here. Returns the address."""
+        return push(self.store, repo_id, private, token)
+
+    # --- inside ----------------------------------------------------------------------------------------------------
+
+    def _set(self, store: LanceStore) -> None:
+        self.store, self._view = store, None
+
+    def _filtered(self, run: Any) -> Any:
+        """Run what has a condition of the user's in it, with clear errors."""
+        try:
+            return run()
+        except (ValueError, OSError) as error:
+            if any(sign in str(error) for sign in ("Invalid user input", "SQL", "sql", "No field")):
+                raise ValueError(
+                    f"The filter cannot be read: {first_line(error)}. It is a condition in SQL on the columns "
+                    f"{', '.join([ID, TEXT, *self.store.metadata_columns])}, such as {ID} = 'a' AND {TEXT} LIKE 'W%'."
+                ) from error
+            raise
+
+    def _write(
+        self, batches: Any, candidates: Any, batch_size: int, show_progress_bar: bool, replace: bool = True
+    ) -> int:
+        if self._model is None:
+            raise ValueError("This index was opened without a model, which is needed to encode candidates.")
+        has_length = hasattr(candidates, "__len__") and not isinstance(candidates, str)
+        try:
+            store, written = encode_into(
+                self.store,
+                self._model,
+                batches,
+                replace=replace,
+                total=len(candidates) if has_length else None,
+                batch_size=batch_size,
+                show_progress_bar=show_progress_bar,
+            )
+        except BaseException:
+            self.refresh()  # what was committed before stays
+            raise
+        self._set(store)
+        return written
+
+
+def _literal(value: Any) -> str:
+    """An id in SQL."""
+    if isinstance(value, bool) or not isinstance(value, str | int | np.integer):
+        raise TypeError(f"{value!r} is no id; ids are texts or whole numbers.")
+    return "'" + value.replace("'", "''") + "'" if isinstance(value, str) else str(value)
+
+
+def _size(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
+def _tensor(vectors: Any) -> torch.Tensor:
+    return vectors if isinstance(vectors, torch.Tensor) else torch.as_tensor(np.asarray(vectors))

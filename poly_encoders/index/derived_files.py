@@ -1,0 +1,165 @@
+"""What searching reads: arrays made of one version of the table, mapped from files beside it, made again when stale.
+
+Lance decodes rows into memory whenever it reads them, so that a pass over all of them wants a plain array. Files are
+written into a folder beside their place, which is then renamed: a reader sees all of them or none, and keeps those that
+it has mapped when newer ones come.
+"""
+
+import json
+import logging
+import shutil
+import uuid
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from poly_encoders.index.cells import Cells, find_cells
+from poly_encoders.index.lance_store import LanceStore
+from poly_encoders.scoring import PreparedCandidates, load_prepared, prepare
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "derived"  # in an index's folder
+LAYOUT = 1
+MANIFEST, VECTORS, ROW_IDS, PREPARED = "manifest.json", "vectors.npy", "row_ids.npy", "prepared"
+COPY_AT_ONCE = 65536  # rows
+
+
+@dataclass(frozen=True)
+class Derived:
+    """Arrays over the rows of a version, in one order: by cell where there are cells, else as in the table.
+
+    Attributes:
+        row_ids: `(n,)` uint64, Lance's.
+        prepared: The `(n, dim)` vectors, mapped, and what a first pass reads.
+        cells: Which rows lie near each other; `None` where nobody has asked for an approximate search.
+    """
+
+    row_ids: np.ndarray
+    prepared: PreparedCandidates
+    cells: Cells | None
+
+    def __len__(self) -> int:
+        return len(self.row_ids)
+
+
+def derive(store: LanceStore, with_cells: bool, show_progress_bar: bool = False) -> Derived:
+    """Make the files of the store's version, in place of those that are there."""
+    home = store.path / FOLDER
+    home.mkdir(exist_ok=True)
+    for left in home.glob(".*"):  # of a run that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    staging = home / f".{uuid.uuid4().hex[:8]}"
+    staging.mkdir()
+    try:
+        row_ids = np.sort(store.row_ids())
+        _write_vectors(store, row_ids, staging, show_progress_bar)
+        if with_cells:
+            _sort_by_cell(staging, row_ids, show_progress_bar)
+        else:
+            np.save(staging / ROW_IDS, row_ids)
+        prepare(_mapped(staging), folder=staging / PREPARED, show_progress_bar=show_progress_bar)
+        files = sorted(path for path in staging.rglob("*") if path.is_file())
+        manifest = {
+            "layout": LAYOUT,
+            "table": _table_name(store),
+            "version": store.version,
+            "rows": len(row_ids),
+            "files": {str(path.relative_to(staging)): path.stat().st_size for path in files},
+            "checks": {str(path.relative_to(staging)): _checksum(path) for path in files},
+        }
+        (staging / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        place = home / f"{store.version}-{staging.name[1:]}"
+        staging.rename(place)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    for other in home.iterdir():
+        if other != place and not other.name.startswith("."):
+            shutil.rmtree(other, ignore_errors=True)  # who has mapped them keeps them
+    return _open(place)
+
+
+def newest_derived(store: LanceStore) -> Derived | None:
+    """The files of this version or of an older one, if there are any that are whole."""
+    home = store.path / FOLDER
+    for place in sorted(home.glob("[0-9]*"), key=lambda path: -int(path.name.split("-")[0])) if home.is_dir() else []:
+        try:
+            manifest = json.loads((place / MANIFEST).read_text())
+            if (
+                manifest["layout"] != LAYOUT
+                or manifest["table"] != _table_name(store)
+                or manifest["version"] > store.version
+            ):
+                continue
+            if wrong := [name for name, size in manifest["files"].items() if (place / name).stat().st_size != size]:
+                raise ValueError(f"{place / wrong[0]} has another size than when it was written")
+            return _open(place)
+        except (OSError, ValueError, KeyError) as error:
+            logger.warning("%s is made again: %s.", place, error)
+    return None
+
+
+def damaged_files(store: LanceStore) -> list[Path]:
+    """Derived files that are not as they were written; reads all of them."""
+    found = []
+    for manifest in (store.path / FOLDER).glob(f"[0-9]*/{MANIFEST}"):
+        checks = json.loads(manifest.read_text())["checks"]
+        places = {manifest.parent / name: check for name, check in checks.items()}
+        found += [path for path, check in places.items() if not path.is_file() or _checksum(path) != check]
+    return found
+
+
+def _write_vectors(store: LanceStore, row_ids: np.ndarray, folder: Path, show_progress_bar: bool) -> None:
+    settings = store.settings
+    shape = (len(row_ids), settings.dim)
+    vectors = np.lib.format.open_memmap(folder / VECTORS, mode="w+", dtype=settings.dtype, shape=shape)
+    with tqdm(total=len(row_ids), desc="Reading vectors", unit="candidate", disable=not show_progress_bar) as bar:
+        for some, rows in store.vectors(row_ids):
+            vectors[np.searchsorted(row_ids, some)] = rows
+            bar.update(len(rows))
+    vectors.flush()
+
+
+def _sort_by_cell(folder: Path, row_ids: np.ndarray, show_progress_bar: bool) -> None:
+    """Put near vectors side by side, so that a search reads a few stretches."""
+    unsorted = _mapped(folder)
+    cells, order = find_cells(unsorted, show_progress_bar)
+    cells.save(folder)
+    beside = folder / f"sorted-{VECTORS}"
+    vectors = np.lib.format.open_memmap(beside, mode="w+", dtype=unsorted.dtype, shape=unsorted.shape)
+    for start in range(0, len(order), COPY_AT_ONCE):
+        some = order[start : start + COPY_AT_ONCE]
+        vectors[start : start + len(some)] = unsorted[some]
+    vectors.flush()
+    del vectors, unsorted
+    beside.replace(folder / VECTORS)
+    np.save(folder / ROW_IDS, row_ids[order])
+
+
+def _open(place: Path) -> Derived:
+    return Derived(
+        np.load(place / ROW_IDS, allow_pickle=False),
+        load_prepared(_mapped(place), place / PREPARED),
+        Cells.load(place),
+    )
+
+
+def _mapped(folder: Path) -> Any:
+    return np.load(folder / VECTORS, mmap_mode="r", allow_pickle=False)
+
+
+def _table_name(store: LanceStore) -> str:
+    return store.settings.name
+
+
+def _checksum(path: Path) -> int:
+    found = 0
+    with path.open("rb") as file:
+        while piece := file.read(2**22):
+            found = zlib.crc32(piece, found)
+    return found

@@ -1,0 +1,18 @@
+"""Libraries that only an index needs."""
+
+import importlib
+from typing import Any
+
+PACKAGES = {"lance": "pylance", "faiss": "faiss-cpu", "pymilvus": "pymilvus"}
+
+
+def needs(module: str, extra: str) -> Any:
+    """Import it.
+
+    Raises:
+        ImportError: it is not installed; says how to.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f"This needs {PACKAGES[module]}: pip install 'poly-encoders[{extra}]'.") from error

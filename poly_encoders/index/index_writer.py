@@ -1,0 +1,104 @@
+"""From batches of rows to commits: columns and types of the index, vectors, checksums; only what is new or changed."""
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from tqdm.auto import tqdm
+
+from poly_encoders.index.encoding import IndexModel
+from poly_encoders.index.lance_store import (
+    ID,
+    ROW_HASH,
+    TEXT,
+    VECTOR,
+    VECTOR_CHECK,
+    LanceStore,
+    as_column,
+    row_hash,
+    vector_checks,
+)
+
+
+def encode_into(
+    store: LanceStore,
+    model: IndexModel,
+    batches: Any,
+    *,
+    replace: bool,
+    total: int | None,
+    batch_size: int,
+    show_progress_bar: bool,
+) -> tuple[LanceStore, int]:
+    """Encode and commit what is not in the store, batch by batch; the store after it, and how many rows.
+
+    Raises:
+        ValueError: without `replace`, a row is there with another text or metadata.
+    """
+    store, written = store.latest(), 0
+    known = store.hashes()
+    with tqdm(total=total, desc="Encoding", unit="candidate", disable=not show_progress_bar) as bar:
+        for batch in batches:
+            table = conforming(store, batch)
+            rows = table.to_pylist()
+            new = [known.get(row[ID]) != row_hash(row) for row in rows]
+            clashes = [row[ID] for row, differs in zip(rows, new, strict=True) if differs and row[ID] in known]
+            if clashes and not replace:
+                raise ValueError(f"{clashes[0]!r} is in the index with another text or metadata; upsert replaces it.")
+            if any(new):
+                changed = table.filter(pa.array(new))
+                texts = changed[TEXT].to_pylist()
+                vectors = model.candidates(texts, batch_size=batch_size, show_progress_bar=False)
+                store = store.upsert(stored_rows(store, changed, vectors), replace)
+                written += len(changed)
+            bar.update(len(rows))
+    return store, written
+
+
+def conforming(store: LanceStore, table: pa.Table) -> pa.Table:
+    """Rows of the index's columns and types.
+
+    Raises:
+        ValueError: a column that the index lacks.
+        TypeError: a column of another type.
+    """
+    schema = store.dataset.schema
+    if unknown := [name for name in table.column_names if name not in schema.names]:
+        columns = ", ".join(store.metadata_columns) or "none"
+        raise ValueError(f"The index has no column {unknown[0]!r}; its metadata columns are: {columns}.")
+    found_columns: dict[str, Any] = {}
+    for name in (name for name in schema.names if name not in (VECTOR, ROW_HASH, VECTOR_CHECK)):
+        kind = schema.field(name).type
+        if name not in table.column_names:
+            found_columns[name] = pa.nulls(len(table), kind)
+            continue
+        found = table[name].type
+        try:
+            if name == ID and found != kind:
+                raise pa.ArrowInvalid("ids have one type")
+            found_columns[name] = table[name].cast(kind)
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            raise TypeError(f"Column {name!r} of the index is {kind}, of these rows {found}: {error}.") from error
+    return pa.table(found_columns)
+
+
+def stored_rows(store: LanceStore, table: pa.Table, vectors: np.ndarray) -> pa.Table:
+    """Conforming rows with their `(r, dim)` vectors, as they are stored.
+
+    Raises:
+        ValueError: a vector that is not finite, or not in the type that vectors are stored in.
+    """
+    with np.errstate(over="ignore"):
+        stored = vectors.astype(store.settings.dtype)
+    if len(bad := np.flatnonzero(~np.isfinite(stored).all(axis=1))):
+        fits = np.isfinite(vectors[bad[0]]).all()
+        came = "does not fit float16; use dtype='float32'" if fits else "holds NaN or infinity"
+        raise ValueError(f"The vector of {table[ID][int(bad[0])].as_py()!r} {came}. Nothing of its batch is added.")
+    columns = {
+        VECTOR: as_column(stored),
+        ROW_HASH: pa.array([row_hash(row) for row in table.to_pylist()], pa.int64()),
+        VECTOR_CHECK: pa.array(vector_checks(stored)),
+    }
+    for name, column in columns.items():
+        table = table.append_column(name, column)
+    return table.select(store.dataset.schema.names)
