@@ -2,44 +2,30 @@
 
 import importlib.util
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from poly_encoders.console import Device, clear_errors, console, errors
 from poly_encoders.evaluation import CandidateRankingEvaluator
 from poly_encoders.hub.pushing import push_folder
+from poly_encoders.index.index_commands import index_app
 from poly_encoders.loading import load_model
 from poly_encoders.parlai import convert_parlai_checkpoint
 from poly_encoders.poly_encoder import PolyEncoder
 from poly_encoders.saving import replace_file
 from poly_encoders.tasks import TASKS, read_task
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Convert, evaluate, push and try poly-encoders.")
-console, errors = Console(soft_wrap=True), Console(stderr=True, soft_wrap=True)
-
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, help="Convert, evaluate, push, index and try poly-encoders."
+)
 QUICKSTART_MODEL = Path("models", "quickstart-poly-encoder")  # where the quick start saves its model
 TaskName = Enum("TaskName", {name: name for name in TASKS}, type=str)  # type: ignore[misc]  # what typer makes choices of
-Device = Annotated[str | None, typer.Option(help="Where to run, such as cpu or cuda:0.")]
-
-
-@contextmanager
-def _clear_errors(device: str | None = None) -> Iterator[None]:
-    """Show what a user can mend, a `device` that is not here too, as a message; other errors keep their traceback."""
-    try:
-        if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
-            raise ValueError(f"There is no {device}: PyTorch finds no CUDA device. Leave --device out, or give cpu.")
-        yield
-    except (ValueError, OSError) as error:
-        errors.print(f"[bold red]Error:[/] {escape(str(error) or type(error).__name__)}", highlight=False)
-        raise typer.Exit(1) from error
+app.add_typer(index_app, name="index")
 
 
 @app.command("convert-parlai")
@@ -52,7 +38,7 @@ def convert_parlai(
     """Convert a checkpoint of ParlAI's Poly-, Bi- or Cross-encoder to Hugging Face."""
     if private and push_to_hub is None:
         raise typer.BadParameter("it concerns the Hub: give --push-to-hub ID as well.", param_hint="--private")
-    with _clear_errors():
+    with clear_errors():
         with console.status(f"Converting {escape(str(model_file))} ..."):
             model = convert_parlai_checkpoint(model_file, output)
         name, folder = type(model).__name__, str(output)
@@ -80,7 +66,7 @@ def push(
     nested: Annotated[list[str] | None, typer.Option(help="A folder within, with its model; may be repeated.")] = None,
 ) -> None:
     """Push a saved model to the Hub in one commit; again after one that failed, without sending again what arrived."""
-    with _clear_errors():
+    with clear_errors():
         commit = push_folder(
             folder,
             repo_id,
@@ -110,7 +96,7 @@ def evaluate(
     convai2: valid_self_original.txt (C = 20). dstc7: ubuntu_test_subtask_1.json ubuntu_responses_subtask_1.tsv (100).
     ubuntu-v2: test.csv (10). jsonl: your own {"context": ..., "candidates": [...], "label": index} lines.
     """
-    with _clear_errors(device):
+    with clear_errors(device):
         samples, settings = read_task(task.value, files, max_examples), TASKS[task.value]
         evaluator = CandidateRankingEvaluator(samples, at_k=settings.at_k, batch_size=batch_size)
         results = evaluator(load_model(model, device=device))
@@ -138,7 +124,7 @@ def demo(
     device: Device = None,
 ) -> None:
     """Serve a page that ranks candidates for a dialogue and shows what a Poly-encoder looks at."""
-    with _clear_errors(device):
+    with clear_errors(device):
         if importlib.util.find_spec("gradio") is None:
             raise ValueError("The demo needs Gradio: pip install 'poly-encoders[demo]'")
         from poly_encoders.demo import page

@@ -15,7 +15,7 @@ from poly_encoders.index.encoding import IndexModel
 from poly_encoders.index.given_vectors import given_batches
 from poly_encoders.index.index_hub import download, push
 from poly_encoders.index.index_writer import conforming, encode_into, stored_rows
-from poly_encoders.index.lance_store import ID, ROWS_AT_ONCE, TABLE, TEXT, IndexSettings, LanceStore, first_line
+from poly_encoders.index.lance_store import ID, TABLE, TEXT, IndexSettings, LanceStore, first_line
 from poly_encoders.index.row_batches import row_batches
 from poly_encoders.index.view import View, default_cells
 from poly_encoders.modeling.text_poly_encoder import checked_count
@@ -209,8 +209,8 @@ class CandidateIndex:
         try:
             for _ in self.store.vectors(np.sort(self.store.row_ids())):
                 pass
-            for start in range(0, len(self), ROWS_AT_ONCE):
-                self.store.take(range(start, min(start + ROWS_AT_ONCE, len(self))))
+            for _, batch in self.store.rows():
+                self.store.checked(batch.to_pylist())
         except (ValueError, OSError) as error:
             if str(self.store.path) in str(error):
                 raise

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from tqdm.auto import tqdm
 
 from poly_encoders.index.cells import Cells, find_cells
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 FOLDER = "derived"  # in an index's folder
 LAYOUT = 1
 MANIFEST, VECTORS, ROW_IDS, PREPARED = "manifest.json", "vectors.npy", "row_ids.npy", "prepared"
+ROWS, TABLE_IDS = "rows.arrow", "table_ids.npy"
 COPY_AT_ONCE = 65536  # rows
 
 
@@ -35,16 +37,51 @@ class Derived:
 
     Attributes:
         row_ids: `(n,)` uint64, Lance's.
+        rows: Their ids, texts and metadata.
         prepared: The `(n, dim)` vectors, mapped, and what a first pass reads.
         cells: Which rows lie near each other; `None` where nobody has asked for an approximate search.
     """
 
     row_ids: np.ndarray
+    rows: "MappedRows"
     prepared: PreparedCandidates
     cells: Cells | None
 
     def __len__(self) -> int:
         return len(self.row_ids)
+
+
+class MappedRows:
+    """Rows in an Arrow file that is mapped, found by their ids in microseconds, where Lance takes milliseconds."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file = pa.ipc.open_file(pa.memory_map(str(folder / ROWS)))
+        in_order = np.load(folder / TABLE_IDS, allow_pickle=False)
+        self._by_id = np.argsort(in_order, kind="stable")
+        self._ids = in_order[self._by_id]
+        sizes = [self._file.get_batch(number).num_rows for number in range(self._file.num_record_batches)]
+        self._starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+
+    def at(self, row_ids: np.ndarray) -> list[dict[str, Any]]:
+        """The rows of some ids."""
+        places = self._by_id[np.searchsorted(self._ids, row_ids)]
+        batches = np.searchsorted(self._starts, places, side="right") - 1
+        return [
+            self._file.get_batch(int(batch)).slice(int(place - self._starts[batch]), 1).to_pylist()[0]
+            for place, batch in zip(places, batches, strict=True)
+        ]
+
+    @staticmethod
+    def write(store: LanceStore, folder: Path) -> None:
+        """All rows of a store."""
+        ids, writer = [np.empty(0, dtype=np.uint64)], None
+        with pa.OSFile(str(folder / ROWS), "wb") as file:
+            for found, batch in store.rows():
+                writer = writer or pa.ipc.new_file(file, batch.schema)
+                writer.write_batch(batch)
+                ids.append(found)
+            (writer or pa.ipc.new_file(file, pa.schema([]))).close()
+        np.save(folder / TABLE_IDS, np.concatenate(ids))
 
 
 def derive(store: LanceStore, with_cells: bool, show_progress_bar: bool = False) -> Derived:
@@ -57,6 +94,7 @@ def derive(store: LanceStore, with_cells: bool, show_progress_bar: bool = False)
     staging.mkdir()
     try:
         row_ids = np.sort(store.row_ids())
+        MappedRows.write(store, staging)
         _write_vectors(store, row_ids, staging, show_progress_bar)
         if with_cells:
             _sort_by_cell(staging, row_ids, show_progress_bar)
@@ -144,6 +182,7 @@ def _sort_by_cell(folder: Path, row_ids: np.ndarray, show_progress_bar: bool) ->
 def _open(place: Path) -> Derived:
     return Derived(
         np.load(place / ROW_IDS, allow_pickle=False),
+        MappedRows(place),
         load_prepared(_mapped(place), place / PREPARED),
         Cells.load(place),
     )

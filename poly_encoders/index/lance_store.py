@@ -9,7 +9,7 @@ import json
 import os
 import uuid
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -160,42 +160,51 @@ class LanceStore:
         table = self.dataset.to_table(columns=[ID, ROW_HASH])
         return dict(zip(table[ID].to_pylist(), table[ROW_HASH].to_pylist(), strict=True))
 
-    def take(self, places: Sequence[int]) -> list[dict[str, Any]]:
-        """Rows at places in the order of the table, without their vectors.
-
-        Raises:
-            ValueError: one is not as it was written.
-        """
-        columns = [ID, TEXT, ROW_HASH, *self.metadata_columns]
-        rows: list[dict[str, Any]] = self.dataset.take(list(places), columns=columns).to_pylist() if len(places) else []
-        for row in rows:
-            if row.pop(ROW_HASH) != row_hash(row):
-                raise ValueError(self._damaged(f"row {row[ID]!r}"))
-        return rows
+    def rows(self, row_ids: np.ndarray | None = None) -> Iterator[tuple[np.ndarray, pa.RecordBatch]]:
+        """Row ids, and `id`, `text`, metadata and hash, of those rows or of all, in the table's order, in pieces."""
+        yield from self._scan([ID, TEXT, *self.metadata_columns, ROW_HASH], row_ids)
 
     def vectors(self, row_ids: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Row ids and vectors `(r, dim)` of those rows, `(n,)` ascending, in the order of the table, piece by piece.
-
-        Only the files that hold some of them are read.
+        """Row ids and vectors `(r, dim)` of those rows, in the order of the table, piece by piece.
 
         Raises:
             ValueError: a vector is not as it was written.
         """
-        wanted = set(np.unique(row_ids >> np.uint64(32)).tolist())
-        fragments = [some for some in self.dataset.get_fragments() if some.fragment_id in wanted]
-        scan = self.dataset.scanner(
-            columns=[ID, VECTOR, VECTOR_CHECK], with_row_id=True, fragments=fragments, batch_size=ROWS_AT_ONCE
-        )
-        for batch in scan.to_batches() if fragments else []:
-            found = batch["_rowid"].to_numpy()
+        for found, batch in self._scan([ID, VECTOR, VECTOR_CHECK], row_ids):
             vectors = as_array(batch[VECTOR])
             good = vector_checks(vectors) == batch[VECTOR_CHECK].to_numpy()
             if not good.all():
-                raise ValueError(self._damaged(f"the vector of {batch[ID][int(good.argmin())].as_py()!r}"))
-            mine = np.isin(found, row_ids, assume_unique=True)
-            yield found[mine], vectors[mine]
+                raise ValueError(self.damaged(f"the vector of {batch[ID][int(good.argmin())].as_py()!r}"))
+            yield found, vectors
 
-    def _damaged(self, what: str) -> str:
+    def _scan(self, columns: list[str], row_ids: np.ndarray | None) -> Iterator[tuple[np.ndarray, pa.RecordBatch]]:
+        """Only the files that hold some of the rows are read."""
+        fragments = self.dataset.get_fragments()
+        if row_ids is not None:
+            wanted = set(np.unique(row_ids >> np.uint64(32)).tolist())
+            fragments = [some for some in fragments if some.fragment_id in wanted]
+        scan = self.dataset.scanner(columns=columns, with_row_id=True, fragments=fragments, batch_size=ROWS_AT_ONCE)
+        for batch in scan.to_batches() if fragments else []:
+            found = batch["_rowid"].to_numpy()
+            batch = batch.select(columns)
+            if row_ids is not None:
+                mine = np.isin(found, row_ids, assume_unique=True)
+                if not mine.all():
+                    found, batch = found[mine], batch.filter(pa.array(mine))
+            yield found, batch
+
+    def checked(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Rows of `rows`, without their hashes.
+
+        Raises:
+            ValueError: one is not as it was written.
+        """
+        for row in rows:
+            if row.pop(ROW_HASH) != row_hash(row):
+                raise ValueError(self.damaged(f"row {row[ID]!r}"))
+        return rows
+
+    def damaged(self, what: str) -> str:
         return (
             f"In {self.path}, {what} is not what was written: a file is damaged. Restore it, or build the index again."
         )

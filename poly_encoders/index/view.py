@@ -47,9 +47,7 @@ class View:
 
     def __init__(self, store: LanceStore, with_cells: bool = False, show_progress_bar: bool = False) -> None:
         self.store = store
-        in_order = store.row_ids()
-        self.places = np.argsort(in_order)  # in the order of the table, by row id
-        self.row_ids = in_order[self.places]
+        self.row_ids = np.sort(store.row_ids())
         self.derived = self._derived(with_cells, show_progress_bar)
         base = self.row_ids[:0] if self.derived is None else self.derived.row_ids
         alive = np.isin(base, self.row_ids)
@@ -59,6 +57,11 @@ class View:
         for some, vectors in store.vectors(self.recent_ids):
             rows[np.searchsorted(self.recent_ids, some)] = vectors
         self.recent: PreparedCandidates = prepare(torch.from_numpy(rows))
+        self.recent_rows = {
+            row_id: (batch, place)
+            for ids, batch in store.rows(self.recent_ids)
+            for place, row_id in enumerate(ids.tolist())
+        }
 
     def _derived(self, with_cells: bool, show_progress_bar: bool) -> Derived | None:
         known = newest_derived(self.store)
@@ -151,8 +154,17 @@ class View:
         ]
 
     def rows(self, row_ids: np.ndarray) -> list[dict[str, Any]]:
-        """The rows of some ids, without vectors."""
-        return self.store.take(self.places[np.searchsorted(self.row_ids, row_ids)].tolist())
+        """The `id`, `text` and metadata of some rows.
+
+        Raises:
+            ValueError: one is not as it was written.
+        """
+        known = {id_: self.recent_rows[id_] for id_ in row_ids.tolist() if id_ in self.recent_rows}
+        found = {id_: batch.slice(place, 1).to_pylist()[0] for id_, (batch, place) in known.items()}
+        others = np.array([id_ for id_ in row_ids.tolist() if id_ not in known], dtype=np.uint64)
+        if self.derived is not None:
+            found |= zip(others.tolist(), self.derived.rows.at(others), strict=True)
+        return self.store.checked([dict(found[id_]) for id_ in row_ids.tolist()])
 
 
 def default_cells(number: int) -> int:
