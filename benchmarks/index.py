@@ -32,7 +32,7 @@ from scoring import text_vectors
 from torch import Tensor
 
 from poly_encoders.index import CandidateIndex
-from poly_encoders.index.view import default_cells
+from poly_encoders.index.graph import MANY, NEIGHBOURS
 from poly_encoders.saving import replace_file
 from poly_encoders.training.train import checkpoint_path
 
@@ -84,7 +84,12 @@ def hnsw(vectors: Tensor, queries: np.ndarray, rounds: int) -> dict[str, Any]:
         found = graph.search(queries, K)[1]
         recall = float(np.mean([len({*a} & {*b}) / K for a, b in zip(found, truth, strict=True)]))
         times = milliseconds(lambda query: graph.search(query[None], K), queries, rounds)
-        row = {"method": f"FAISS HNSW, one vector, ef {ef}", "recall": recall, "build_s": round(seconds, 1), **times}
+        row = {
+            "method": f"FAISS HNSW, one vector, ef {ef}",
+            "recall": round(recall, 4),
+            "build_s": round(seconds, 1),
+            **times,
+        }
         if recall >= 0.99:
             break
     return row
@@ -103,24 +108,19 @@ def measure(kind: str, index: CandidateIndex, contexts: Tensor, scale: float, ro
     derived = view.derived
     truth = [{hit["id"] for hit in search("exact")(context)} for context in real]
     rows = [{"method": "exact", "recall": 1.0, **milliseconds(search("exact"), real, rounds)}]
-    if derived is not None and derived.cells is not None:
-        usual = default_cells(len(derived.cells))
-        for cells, certify in [
-            (usual // 4, False),
-            (usual // 2, False),
-            (usual, False),
-            (2 * usual, False),
-            (usual, True),
-        ]:
-            one = search("ann", cells=cells, certify=certify)
+    if derived is not None:
+        for neighbours in (16, 32, 64, 128):
+            one = search("ann", neighbours=neighbours)
             answers = [one(context) for context in real]
             hit = [len({hit["id"] for hit in found} & best) / K for found, best in zip(answers, truth, strict=True)]
+            usual = neighbours == (
+                NEIGHBOURS if statistics.median(context.shape[1] for context in real) <= MANY else NEIGHBOURS // 2
+            )
             rows.append(
                 {
-                    "method": f"ann, {cells} cells" + ", certify" * certify + " (default)" * (cells == usual),
+                    "method": f"ann, {neighbours} neighbours" + " (default)" * usual,
                     "recall": round(statistics.mean(hit), 4),
-                    "proven": round(statistics.mean(float(found.proven) for found in answers), 3),
-                    "looked_at": round(statistics.mean(found.looked_at for found in answers), 4),
+                    "looked_at": round(statistics.mean(found.looked_at for found in answers), 5),
                     **milliseconds(one, real, rounds),
                 }
             )
@@ -171,7 +171,6 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
                 for row in rows
                 if row["vectors"] == kind
                 and "p50_ms" in row
-                and "certify" not in row["method"]
                 and (row["method"] == sign if sign == "exact" else sign in row["method"])
             ]
             if points:

@@ -40,16 +40,35 @@ def commands(text: str, start: str) -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in re.findall(rf"^{start} (.*)$", text.replace("\\\n", ""), re.M)]
 
 
-def test_the_readme(saved_poly_encoder, capsys):
+def test_the_readme(saved_poly_encoder, tmp_path, capsys):
     """Its Python in its order: the first block on the MiniLM that it names, and it prints what stands below it."""
     blocks = python_blocks(page("README.md"))
-    names = run_blocks(blocks, {"models/quickstart-poly-encoder": str(saved_poly_encoder)})
+    here = {"models/quickstart-poly-encoder": str(saved_poly_encoder), "models/replies": str(tmp_path / "replies")}
+    names = run_blocks(blocks, here)
     assert_prints_what_it_shows(blocks[0], capsys.readouterr().out)
     assert names["scores"].shape == (1, 3)
     assert names["existing_vectors"].shape == (3, 384)
     assert len(names["why"].tokens) == len(names["why"].token_weights)
     assert names["context"].shape == (1, 4, 32)
     assert names["best"].indices.shape == (1, 2)
+    assert [hit["id"] for hit in names["hits"]] == names["best"].indices[0].tolist()
+
+
+def test_the_page_on_the_index(saved_poly_encoder, tmp_path):
+    here = {"models/quickstart-poly-encoder": str(saved_poly_encoder), "models/faq": str(tmp_path / "faq")}
+    names = run_blocks(python_blocks(page("docs/index.md")), here)
+    assert names["hits"].proven
+    assert names["hits"][0].keys() == {"id", "score", "text", "year"}
+    assert sorted(names["index"].store.hashes()) == ["hike", "no", "pasta"]
+    (tmp_path / "candidates.jsonl").write_text('{"text": "Fine.", "year": 2025}\n' * 2)
+    (tmp_path / "more.jsonl").write_text('{"id": 1, "text": "Good.", "year": 2025}\n')
+    here = {"models/mine": saved_poly_encoder, "candidates.jsonl": tmp_path / "candidates.jsonl"}
+    here |= {"more.jsonl": tmp_path / "more.jsonl", "index": tmp_path / "index"}
+    run = commands(page("docs/index.md"), "poly-encoders index")
+    assert [words[0] for words in run] == ["build", "add", "search", "delete", "info", "compact", "push"]
+    for action, *words in run[:-1]:
+        result = CliRunner().invoke(app, ["index", action, *(str(here.get(word, word)) for word in words)])
+        assert result.exit_code == 0, result.output
 
 
 def test_the_way_from_a_download_to_auto_model(tmp_path, capsys):

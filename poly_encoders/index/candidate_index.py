@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from poly_encoders.index.derived_files import FOLDER, damaged_files
+from poly_encoders.index.derived_files import FOLDER, damaged_files, newest_derived
 from poly_encoders.index.encoding import IndexModel
 from poly_encoders.index.given_vectors import given_batches
 from poly_encoders.index.index_hub import download, push
 from poly_encoders.index.index_writer import conforming, encode_into, stored_rows
 from poly_encoders.index.lance_store import ID, TABLE, TEXT, IndexSettings, LanceStore, first_line
 from poly_encoders.index.row_batches import row_batches
-from poly_encoders.index.view import View, default_cells
+from poly_encoders.index.view import View
 from poly_encoders.modeling.text_poly_encoder import checked_count
 from poly_encoders.two_sided import TwoSidedEncoder, is_single_context, refuse_other_lengths
 
@@ -251,9 +251,9 @@ class CandidateIndex:
 
     def compact(self, keep_versions_of: timedelta = timedelta(days=7), show_progress_bar: bool = False) -> None:
         """Merge small files, drop deleted rows, forget versions older than this, and make the derived files again."""
-        has_cells = self._view is not None and self._view.derived is not None and self._view.derived.cells is not None
+        known = newest_derived(self.store)
         self._set(self.store.latest().compact(keep_versions_of))
-        self._view = View(self.store, has_cells, show_progress_bar)
+        self._view = View(self.store, known is not None and known.graph is not None, show_progress_bar)
 
     # --- searching -------------------------------------------------------------------------------------------------
 
@@ -264,7 +264,7 @@ class CandidateIndex:
         filter: str | None = None,  # noqa: A002
         *,
         engine: Engine | None = None,
-        cells: int | None = None,
+        neighbours: int | None = None,
         certify: bool = False,
         show_progress_bar: bool = False,
         **options: Any,
@@ -275,10 +275,10 @@ class CandidateIndex:
             contexts: A list of contexts, each a text, a list of turns or of chat messages; or a single text.
             top_k: How many for each; all where there are fewer.
             filter: Which to choose from: a condition on the metadata in SQL, such as `"year > 2020 AND tag = 'faq'"`.
-            engine: `"exact"` scores all of them; `"ann"` looks into the cells of near candidates that score best, after
-                cells were made once. Up to 300,000 candidates exact by default.
-            cells: How many cells `"ann"` looks into: one in 32 by default, and 48 at least.
-            certify: Let `"ann"` look into more, up to five times as many, until its answer is proven to be exact.
+            engine: `"exact"` scores all of them; `"ann"` those that a graph of near candidates finds, after it was made
+                once. Up to 300,000 candidates exact by default.
+            neighbours: How many each context vector looks for with `"ann"`: 64 by default, 32 where there are many.
+            certify: Have a proven answer at any rate: score all where `"ann"` could not prove its own.
             show_progress_bar: Show one while files are made.
             **options: Of `encode_query`.
 
@@ -300,7 +300,7 @@ class CandidateIndex:
             filter,
             scale=self._model.scale,
             engine=engine,
-            cells=cells,
+            neighbours=neighbours,
             certify=certify,
             show_progress_bar=show_progress_bar,
         )
@@ -314,7 +314,7 @@ class CandidateIndex:
         *,
         scale: float,
         engine: Engine | None = None,
-        cells: int | None = None,
+        neighbours: int | None = None,
         certify: bool = False,
         show_progress_bar: bool = False,
     ) -> list[Hits]:
@@ -322,14 +322,16 @@ class CandidateIndex:
         if engine not in (None, "exact", "ann"):
             raise ValueError(f"engine is 'exact' or 'ann', not {engine!r}.")
         k = checked_count(top_k, "top_k", least=0) or 0
-        approximate = (engine or ("exact" if len(self) <= EXACT_UP_TO else "ann")) == "ann"
-        if self._view is None or (approximate and not self._view.has_cells):
+        wanted = checked_count(neighbours, "neighbours")
+        # A graph proves nothing, so who wants a proof is best off with all of them at once.
+        approximate = (engine or ("exact" if len(self) <= EXACT_UP_TO else "ann")) == "ann" and not certify
+        if self._view is None or (approximate and not self._view.has_graph):
             self._view = View(self.store, approximate, show_progress_bar)
-        view, wanted = self._view, None
-        if approximate and view.derived is not None and view.derived.cells is not None:
-            wanted = checked_count(cells, "cells") or default_cells(len(view.derived.cells))
+        view = self._view
         found = self._filtered(
-            lambda: view.search(_tensor(contexts), k, scale=scale, condition=filter, cells=wanted, certify=certify)
+            lambda: view.search(
+                _tensor(contexts), k, scale=scale, condition=filter, approximate=approximate, neighbours=wanted
+            )
         )
         rows = view.rows(np.concatenate([one.row_ids for one in found])) if found else []
         answers = []

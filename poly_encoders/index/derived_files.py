@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 from tqdm.auto import tqdm
 
-from poly_encoders.index.cells import Cells, find_cells
+from poly_encoders.index.graph import Graph, build_graph
 from poly_encoders.index.lance_store import LanceStore
 from poly_encoders.scoring import PreparedCandidates, load_prepared, prepare
 
@@ -27,25 +27,24 @@ logger = logging.getLogger(__name__)
 FOLDER = "derived"  # in an index's folder
 LAYOUT = 1
 MANIFEST, VECTORS, ROW_IDS, PREPARED = "manifest.json", "vectors.npy", "row_ids.npy", "prepared"
-ROWS, TABLE_IDS = "rows.arrow", "table_ids.npy"
-COPY_AT_ONCE = 65536  # rows
+ROWS, TABLE_IDS, GRAPH = "rows.arrow", "table_ids.npy", "graph.faiss"
 
 
 @dataclass(frozen=True)
 class Derived:
-    """Arrays over the rows of a version, in one order: by cell where there are cells, else as in the table.
+    """Arrays over the rows of a version, in the order of their ids.
 
     Attributes:
         row_ids: `(n,)` uint64, Lance's.
         rows: Their ids, texts and metadata.
         prepared: The `(n, dim)` vectors, mapped, and what a first pass reads.
-        cells: Which rows lie near each other; `None` where nobody has asked for an approximate search.
+        graph: Of near rows; `None` where nobody has asked for an approximate search.
     """
 
     row_ids: np.ndarray
     rows: "MappedRows"
     prepared: PreparedCandidates
-    cells: Cells | None
+    graph: Graph | None
 
     def __len__(self) -> int:
         return len(self.row_ids)
@@ -84,7 +83,7 @@ class MappedRows:
         np.save(folder / TABLE_IDS, np.concatenate(ids))
 
 
-def derive(store: LanceStore, with_cells: bool, show_progress_bar: bool = False) -> Derived:
+def derive(store: LanceStore, with_graph: bool, show_progress_bar: bool = False) -> Derived:
     """Make the files of the store's version, in place of those that are there."""
     home = store.path / FOLDER
     home.mkdir(exist_ok=True)
@@ -96,10 +95,9 @@ def derive(store: LanceStore, with_cells: bool, show_progress_bar: bool = False)
         row_ids = np.sort(store.row_ids())
         MappedRows.write(store, staging)
         _write_vectors(store, row_ids, staging, show_progress_bar)
-        if with_cells:
-            _sort_by_cell(staging, row_ids, show_progress_bar)
-        else:
-            np.save(staging / ROW_IDS, row_ids)
+        np.save(staging / ROW_IDS, row_ids)
+        if with_graph and len(row_ids):
+            build_graph(_mapped(staging), staging / GRAPH, show_progress_bar)
         prepare(_mapped(staging), folder=staging / PREPARED, show_progress_bar=show_progress_bar)
         files = sorted(path for path in staging.rglob("*") if path.is_file())
         manifest = {
@@ -163,28 +161,12 @@ def _write_vectors(store: LanceStore, row_ids: np.ndarray, folder: Path, show_pr
     vectors.flush()
 
 
-def _sort_by_cell(folder: Path, row_ids: np.ndarray, show_progress_bar: bool) -> None:
-    """Put near vectors side by side, so that a search reads a few stretches."""
-    unsorted = _mapped(folder)
-    cells, order = find_cells(unsorted, show_progress_bar)
-    cells.save(folder)
-    beside = folder / f"sorted-{VECTORS}"
-    vectors = np.lib.format.open_memmap(beside, mode="w+", dtype=unsorted.dtype, shape=unsorted.shape)
-    for start in range(0, len(order), COPY_AT_ONCE):
-        some = order[start : start + COPY_AT_ONCE]
-        vectors[start : start + len(some)] = unsorted[some]
-    vectors.flush()
-    del vectors, unsorted
-    beside.replace(folder / VECTORS)
-    np.save(folder / ROW_IDS, row_ids[order])
-
-
 def _open(place: Path) -> Derived:
     return Derived(
         np.load(place / ROW_IDS, allow_pickle=False),
         MappedRows(place),
         load_prepared(_mapped(place), place / PREPARED),
-        Cells.load(place),
+        Graph(place / GRAPH) if (place / GRAPH).is_file() else None,
     )
 
 

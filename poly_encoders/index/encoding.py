@@ -32,8 +32,9 @@ class IndexModel:
 
     @property
     def name(self) -> str | None:
-        """A folder or Hub id that the model came from, as far as it is known."""
-        return self.model.model_card_data.model_id or getattr(self.model[0], "name_or_path", None)
+        """A folder or Hub id that the model was loaded from whole; `None` for one that was built."""
+        names = (getattr(module, "name_or_path", None) for module in self.model.modules())
+        return next((name for name in names if isinstance(name, str) and name), None)
 
     @property
     def dim(self) -> int:

@@ -79,7 +79,7 @@ def search(
     top_k: Annotated[int, typer.Option(min=1, help="How many.")] = 10,
     where: Annotated[str | None, typer.Option(help="Only those that meet this condition in SQL.")] = None,
     engine: Annotated[str | None, typer.Option(help="exact or ann; exact for up to 300,000 if left out.")] = None,
-    certify: Annotated[bool, typer.Option(help="Let ann look further till its answer is proven.")] = False,
+    certify: Annotated[bool, typer.Option(help="A proven answer at any rate.")] = False,
     model: Model = None,
     device: Device = None,
 ) -> None:

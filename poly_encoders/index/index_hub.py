@@ -43,14 +43,16 @@ def card_text(store: LanceStore, repo_id: str) -> str:
     """The card of a pushed index."""
     template = files("poly_encoders").joinpath("hub_cards", "candidate_index.md").read_text(encoding="utf-8")
     settings, kept = store.settings, store.dataset.schema
+    # Who reads it has no use for a folder of this machine.
+    model = settings.model if settings.model and not Path(settings.model).exists() else None
     fields = "\n".join(
         f"| `{name}` | {kept.field(name).type} |" for name in ("id", "text", *store.metadata_columns, "vector")
     )
     return template.format(
         repo_id=repo_id,
         count=f"{len(store):,}",
-        model=settings.model or "a model that was not recorded",
-        loads=settings.model or "MODEL",
+        model=model or "not on the Hub: see who pushed the index",
+        loads=model or "MODEL",
         dim=settings.dim,
         dtype=settings.dtype,
         fields=fields,

@@ -7,16 +7,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from poly_encoders.index.cells import Cells
 from poly_encoders.index.derived_files import Derived, derive, newest_derived
 from poly_encoders.index.lance_store import LanceStore
 from poly_encoders.scoring import PreparedCandidates, prepare, top_k
 
 IN_MEMORY = 65536  # rows that need no files
 STALE = 10  # part of the derived rows: when more were added since, files are made again
-PROBES = 48  # cells that an approximate search looks into, at the least
-SHARE = 1 / 32  # of all cells, where that is more
-BUDGET = 4  # times as many cells, which a proof may take besides
+FEW = 16384  # rows to choose from: all of them are scored sooner than a graph finds some
 
 
 @dataclass
@@ -45,10 +42,10 @@ class Found:
 class View:
     """One version of an index, ready to be searched."""
 
-    def __init__(self, store: LanceStore, with_cells: bool = False, show_progress_bar: bool = False) -> None:
+    def __init__(self, store: LanceStore, with_graph: bool = False, show_progress_bar: bool = False) -> None:
         self.store = store
         self.row_ids = np.sort(store.row_ids())
-        self.derived = self._derived(with_cells, show_progress_bar)
+        self.derived = self._derived(with_graph, show_progress_bar)
         base = self.row_ids[:0] if self.derived is None else self.derived.row_ids
         alive = np.isin(base, self.row_ids)
         self.where = None if alive.all() else alive  # of the derived rows, those that are still there
@@ -63,25 +60,32 @@ class View:
             for place, row_id in enumerate(ids.tolist())
         }
 
-    def _derived(self, with_cells: bool, show_progress_bar: bool) -> Derived | None:
+    def _derived(self, with_graph: bool, show_progress_bar: bool) -> Derived | None:
         known = newest_derived(self.store)
         if len(self.row_ids) <= IN_MEMORY:
             return known
-        with_cells = with_cells or (known is not None and known.cells is not None)
-        if known is not None and (known.cells is not None or not with_cells):
+        with_graph = with_graph or (known is not None and known.graph is not None)
+        if known is not None and (known.graph is not None or not with_graph):
             both = len(np.intersect1d(known.row_ids, self.row_ids, assume_unique=True))
             recent, gone = len(self.row_ids) - both, len(known) - both
             if recent <= max(IN_MEMORY, len(known) // STALE) and gone <= len(known) // 2:
                 return known
-        return derive(self.store, with_cells, show_progress_bar)
+        return derive(self.store, with_graph, show_progress_bar)
 
     @property
-    def has_cells(self) -> bool:
-        """Whether an approximate search finds fewer rows to look at than there are."""
-        return self.derived is None or self.derived.cells is not None
+    def has_graph(self) -> bool:
+        """Whether an approximate search has all it needs."""
+        return self.derived is None or len(self.derived) == 0 or self.derived.graph is not None
 
     def search(
-        self, contexts: Tensor, k: int, *, scale: float, condition: str | None, cells: int | None, certify: bool
+        self,
+        contexts: Tensor,
+        k: int,
+        *,
+        scale: float,
+        condition: str | None,
+        approximate: bool,
+        neighbours: int | None,
     ) -> list[Found]:
         """The k best rows for each of `(b, m, dim)` contexts.
 
@@ -90,8 +94,8 @@ class View:
             k: How many.
             scale: The model's `final_scale`.
             condition: Which rows to choose from, in Lance's SQL; `None` for all.
-            cells: Look into so many of the cells; `None` for all, which is exact.
-            certify: Look into more, until the answer is proven or the budget is spent.
+            approximate: Score only what the graph finds.
+            neighbours: That each context vector looks for in it.
         """
         base_where, recent_where = self.where, None
         if condition is not None:
@@ -102,52 +106,33 @@ class View:
         found = self._among(contexts, k, scale, self.recent, self.recent_ids, recent_where)
         if self.derived is None:
             return found
-        where = None if base_where is None else torch.from_numpy(base_where)
-        if cells is None or self.derived.cells is None:
-            base = self._among(contexts, k, scale, self.derived.prepared, self.derived.row_ids, where)
-            return [one.merged(other, k) for one, other in zip(base, found, strict=True)]
-        return [
-            self._in_cells(self.derived, self.derived.cells, context, k, scale, where, cells, certify, recent)
-            for context, recent in zip(contexts, found, strict=True)
-        ]
+        number = len(self.derived) if base_where is None else int(base_where.sum())
+        if approximate and self.derived.graph is not None and number > max(FEW, k):
+            base = [self._near(self.derived, context, k, scale, base_where, neighbours) for context in contexts]
+        else:
+            base = self._among(contexts, k, scale, self.derived.prepared, self.derived.row_ids, base_where)
+        return [one.merged(other, k) for one, other in zip(base, found, strict=True)]
 
-    def _in_cells(
-        self,
-        derived: Derived,
-        cells: Cells,
-        context: Tensor,
-        k: int,
-        scale: float,
-        where: Tensor | None,
-        number: int,
-        certify: bool,
-        found: Found,
+    def _near(
+        self, derived: Derived, context: Tensor, k: int, scale: float, where: Any, neighbours: int | None
     ) -> Found:
-        """The best of the rows in the cells that look best, and of those found already."""
-        score, highest = cells.scores(context, scale)
-        left = score.argsort(descending=True).numpy()
-        allowed = min(len(left), number * (1 + BUDGET if certify else 1))
-        looked_at = done = 0
-        while True:
-            some, left = left[:number], left[number:]
-            done += len(some)
-            ranges = cells.ranges(some)
-            looked_at += sum(stop - start for start, stop in ranges)
-            [more] = self._among(context[None], k, scale, derived.prepared, derived.row_ids, where, ranges)
-            found = more.merged(found, k)
-            least = float(found.scores[-1]) if len(found.scores) == k > 0 else -np.inf
-            left = left[~(highest[left] < least).numpy()]  # these alone may hold a better one
-            if len(left) == 0 or not certify or done >= allowed:
-                break
-            number = min(number, allowed - done)
-        found.proven = len(left) == 0
-        found.looked_at = (looked_at + len(self.recent_ids)) / max(1, len(derived) + len(self.recent_ids))
+        """The best of the rows that the graph finds for an `(m, dim)` context."""
+        assert derived.graph is not None
+        used = (context != 0).any(dim=1)
+        places = derived.graph.nearest(context[used].numpy(), k, where, neighbours)
+        if len(places) < k:  # a filter has cut the links to others
+            [found] = self._among(context[None], k, scale, derived.prepared, derived.row_ids, where)
+            return found
+        rows = torch.from_numpy(np.array(derived.prepared.vectors[places]))
+        [found] = self._among(context[None], k, scale, rows, derived.row_ids[places])
+        found.proven = False
+        found.looked_at = (len(places) + len(self.recent_ids)) / (len(derived) + len(self.recent_ids))
         return found
 
     def _among(
-        self, contexts: Tensor, k: int, scale: float, candidates: Any, ids: np.ndarray, where: Any, ranges: Any = None
+        self, contexts: Tensor, k: int, scale: float, candidates: Any, ids: np.ndarray, where: Any = None
     ) -> list[Found]:
-        best = top_k(contexts, candidates, k, scale=scale, where=where, ranges=ranges)
+        best = top_k(contexts, candidates, k, scale=scale, where=where)
         return [
             Found(ids[indices], scores)
             for indices, scores in zip(best.indices.numpy(), best.scores.numpy(), strict=True)
@@ -165,8 +150,3 @@ class View:
         if self.derived is not None:
             found |= zip(others.tolist(), self.derived.rows.at(others), strict=True)
         return self.store.checked([dict(found[id_]) for id_ in row_ids.tolist()])
-
-
-def default_cells(number: int) -> int:
-    """How many of so many cells to look into."""
-    return min(number, max(PROBES, round(number * SHARE)))
