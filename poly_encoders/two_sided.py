@@ -9,7 +9,7 @@ from torch import Tensor, float32, from_numpy, promote_types
 from torch.linalg import vector_norm
 from torch.nn.functional import normalize
 
-from poly_encoders.modeling.text_poly_encoder import candidate_texts
+from poly_encoders.modeling.text_poly_encoder import candidate_texts, plain_tokens
 from poly_encoders.ranker import Ranker, Task
 
 LENGTH_TOLERANCE = 0.01
@@ -101,6 +101,12 @@ class TwoSidedEncoder(Ranker, SentenceTransformer):
         if normalize_embeddings and several and output_value == "sentence_embedding":
             vectors = _normalised(vectors)
         return vectors[0] if single else vectors
+
+    def _input_length(self, sample: Any) -> int:
+        """Tokens: upstream sorts texts by it, so that those in one batch need little padding."""
+        if not isinstance(sample, str):
+            return int(super()._input_length(sample))
+        return len(plain_tokens(self.tokenizer, [sample])["input_ids"][0])
 
     def score_texts(self, context: str, candidates: list[str], prompt: str | None, **options: Any) -> Tensor:
         show = options.pop("show_progress_bar", None)

@@ -24,6 +24,7 @@ PRIVATE: dict[str, tuple[str | None, str]] = {
         "self inputs ...",
         "no texts: a full batch's dtype",
     ),
+    "sentence_transformers.base.model:BaseModel._input_length": ("sample", "batches of texts with as many tokens"),
     "sentence_transformers:CrossEncoder._resolve_prompt": ("self prompt prompt_name", "a stranger's prompts"),
     # Training
     "sentence_transformers.base.data_collator:BaseDataCollator._get_task_for_column": (

@@ -323,16 +323,13 @@ class CandidateIndex:
             raise ValueError(f"engine is 'exact' or 'ann', not {engine!r}.")
         k = checked_count(top_k, "top_k", least=0) or 0
         wanted = checked_count(neighbours, "neighbours")
-        # A graph proves nothing, so who wants a proof is best off with all of them at once.
+        # A graph proves nothing: a proof takes all of them.
         approximate = (engine or ("exact" if len(self) <= EXACT_UP_TO else "ann")) == "ann" and not certify
         if self._view is None or (approximate and not self._view.has_graph):
             self._view = View(self.store, approximate, show_progress_bar)
         view = self._view
-        found = self._filtered(
-            lambda: view.search(
-                _tensor(contexts), k, scale=scale, condition=filter, approximate=approximate, neighbours=wanted
-            )
-        )
+        given: dict[str, Any] = {"condition": filter, "approximate": approximate, "neighbours": wanted}
+        found = self._filtered(lambda: view.search(_tensor(contexts), k, scale=scale, **given))
         rows = view.rows(np.concatenate([one.row_ids for one in found])) if found else []
         answers = []
         for one in found:

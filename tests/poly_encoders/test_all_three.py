@@ -6,6 +6,7 @@ import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from transformers import AutoModel, BertTokenizer
 
 import poly_encoders.ranker
 import tiny
-from poly_encoders import BiEncoder, CrossEncoder, PolyEncoder
+from poly_encoders import BiEncoder, CrossEncoder, PolyEncoder, two_sided
 from poly_encoders.loading import load_model
 from poly_encoders.saving import staged_folder
 
@@ -358,3 +359,18 @@ def test_truncated_weights_and_damaged_json(model_class, saved, tmp_path, keep):
     for load in (model_class, load_model):
         with pytest.raises(OSError, match="JSON file"):
             load(tmp_path, device="cpu")
+
+
+@pytest.mark.parametrize("model_class", [PolyEncoder, BiEncoder])
+def test_batches_are_of_texts_with_as_many_tokens(model_class, checkpoints):
+    """Not as many characters. The tiny tokenizer has a token for each, so here words stand for tokens."""
+    model = model_class(checkpoints("bert"), device="cpu")
+    texts = [word * number for number in range(1, 9) for word in ("i ", "weather ")]
+    with (
+        mock.patch.object(two_sided, "plain_tokens", lambda tokenizer, texts: {"input_ids": [texts[0].split()]}),
+        mock.patch.object(model_class, "preprocess", autospec=True, side_effect=model_class.preprocess) as preprocess,
+    ):
+        vectors = model.encode_document(texts, batch_size=4)
+    words = [len(text.split()) for call in preprocess.call_args_list for text in call.args[1]]
+    assert words == sorted(words, reverse=True)
+    np.testing.assert_allclose(vectors[3], model.encode_document(texts[3]), atol=1e-5)
