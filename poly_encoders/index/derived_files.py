@@ -8,6 +8,7 @@ it has mapped when newer ones come.
 import json
 import logging
 import shutil
+import time
 import uuid
 import zlib
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 FOLDER = "derived"  # in an index's folder
 LAYOUT = 1
+ABANDONED = 24 * 3600  # seconds
 MANIFEST, VECTORS, ROW_IDS, PREPARED = "manifest.json", "vectors.npy", "row_ids.npy", "prepared"
 ROWS, TABLE_IDS, GRAPH = "rows.arrow", "table_ids.npy", "graph.faiss"
 
@@ -87,8 +89,9 @@ def derive(store: LanceStore, with_graph: bool, show_progress_bar: bool = False)
     """Make the files of the store's version, in place of those that are there."""
     home = store.path / FOLDER
     home.mkdir(exist_ok=True)
-    for left in home.glob(".*"):  # of a run that was killed
-        shutil.rmtree(left, ignore_errors=True)
+    for left in home.glob(".*"):  # of a run that was killed, not of one at work
+        if time.time() - left.stat().st_mtime > ABANDONED:
+            shutil.rmtree(left, ignore_errors=True)
     staging = home / f".{uuid.uuid4().hex[:8]}"
     staging.mkdir()
     try:
@@ -114,8 +117,8 @@ def derive(store: LanceStore, with_graph: bool, show_progress_bar: bool = False)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
-    for other in home.iterdir():
-        if other != place and not other.name.startswith("."):
+    for other in home.glob("[0-9]*"):
+        if other != place and _version_of(other) <= store.version:
             shutil.rmtree(other, ignore_errors=True)  # who has mapped them keeps them
     return _open(place)
 
@@ -123,7 +126,7 @@ def derive(store: LanceStore, with_graph: bool, show_progress_bar: bool = False)
 def newest_derived(store: LanceStore) -> Derived | None:
     """The files of this version or of an older one, if there are any that are whole."""
     home = store.path / FOLDER
-    for place in sorted(home.glob("[0-9]*"), key=lambda path: -int(path.name.split("-")[0])) if home.is_dir() else []:
+    for place in sorted(home.glob("[0-9]*"), key=_version_of, reverse=True) if home.is_dir() else []:
         try:
             manifest = json.loads((place / MANIFEST).read_text())
             if (
@@ -140,11 +143,19 @@ def newest_derived(store: LanceStore) -> Derived | None:
     return None
 
 
+def _version_of(place: Path) -> int:
+    return int(place.name.split("-")[0])
+
+
 def damaged_files(store: LanceStore) -> list[Path]:
     """Derived files that are not as they were written; reads all of them."""
     found = []
     for manifest in (store.path / FOLDER).glob(f"[0-9]*/{MANIFEST}"):
-        checks = json.loads(manifest.read_text())["checks"]
+        try:
+            checks = json.loads(manifest.read_text())["checks"]
+        except (ValueError, KeyError):
+            found.append(manifest)
+            continue
         places = {manifest.parent / name: check for name, check in checks.items()}
         found += [path for path, check in places.items() if not path.is_file() or _checksum(path) != check]
     return found

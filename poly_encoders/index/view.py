@@ -75,7 +75,7 @@ class View:
     @property
     def has_graph(self) -> bool:
         """Whether an approximate search has all it needs."""
-        return self.derived is None or len(self.derived) == 0 or self.derived.graph is not None
+        return self.derived is None or len(self.row_ids) <= IN_MEMORY or self.derived.graph is not None
 
     def search(
         self,
