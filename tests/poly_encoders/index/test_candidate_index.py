@@ -421,7 +421,7 @@ def test_damage_is_found_and_named(index, poly_encoder, in_files):
     before = index.search(CONTEXTS, **options)
     index.verify()
     folder = index.store.path / "derived"
-    names = sorted({path.name for path in folder.rglob("*") if path.is_file()})
+    names = sorted({path.name for path in folder.rglob("*") if path.is_file()} - {"manifest.json"})
     assert len(names) >= 8
     for name in names:
         [path] = folder.rglob(name)
@@ -432,6 +432,10 @@ def test_damage_is_found_and_named(index, poly_encoder, in_files):
         again = CandidateIndex.load(index.store.path, poly_encoder)
         assert again.search(CONTEXTS, **options) == before
         index = again
+    [manifest] = folder.rglob("manifest.json")
+    manifest.write_text("{")
+    with pytest.raises(ValueError, match=r"manifest\.json is damaged"):
+        index.verify()
     shutil.rmtree(folder)
     index.verify()
 
