@@ -114,7 +114,7 @@ def measure(kind: str, index: CandidateIndex, contexts: Tensor, scale: float, ro
             answers = [one(context) for context in real]
             hit = [len({hit["id"] for hit in found} & best) / K for found, best in zip(answers, truth, strict=True)]
             usual = neighbours == (
-                NEIGHBOURS if statistics.median(context.shape[1] for context in real) <= MANY else NEIGHBOURS // 4
+                NEIGHBOURS if statistics.median(context.shape[1] for context in real) <= MANY else NEIGHBOURS // 2
             )
             rows.append(
                 {

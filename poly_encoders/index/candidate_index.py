@@ -277,7 +277,7 @@ class CandidateIndex:
             filter: Which to choose from: a condition on the metadata in SQL, such as `"year > 2020 AND tag = 'faq'"`.
             engine: `"exact"` scores all of them; `"ann"` those that a graph of near candidates finds, after it was made
                 once. Up to 300,000 candidates exact by default.
-            neighbours: How many each context vector looks for with `"ann"`: 64 by default, 16 where there are many.
+            neighbours: How many each context vector looks for with `"ann"`: 64 by default, 32 where there are many.
             certify: Have a proven answer at any rate: score all where `"ann"` could not prove its own.
             show_progress_bar: Show one while files are made.
             **options: Of `encode_query`.

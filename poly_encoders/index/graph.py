@@ -16,7 +16,7 @@ LINKS = 32
 WIDTH = 80  # of the search for neighbours, when the graph is made
 SAMPLE = 65536  # candidates that the 8-bit codes are fitted to
 ROWS_AT_ONCE = 16384
-NEIGHBOURS = 64  # that a context vector looks for; a quarter of that where there are many of these
+NEIGHBOURS = 64  # that a context vector looks for; half as many where there are many of these
 MANY = 16  # context vectors
 
 
@@ -33,7 +33,7 @@ class Graph:
         `where`, `(n,)` booleans, says which to choose from.
         """
         faiss = needs("faiss", "index")
-        wanted = max(k, neighbours or (NEIGHBOURS if len(context) <= MANY else NEIGHBOURS // 4))
+        wanted = max(k, neighbours or (NEIGHBOURS if len(context) <= MANY else NEIGHBOURS // 2))
         options = faiss.SearchParametersHNSW(efSearch=2 * wanted)
         if where is not None:
             bits = np.packbits(where, bitorder="little")
