@@ -33,6 +33,18 @@ def test_scoring_of_real_texts(tmp_path, sentence_transformer_folder):
     assert {(row["vectors"], row["n"]) for row in rows} == {(kind, n) for kind in ("turns", "codes") for n in (50, 300)}
 
 
+def test_index_writes_its_table_and_its_plot(tmp_path, sentence_transformer_folder):
+    pytest.importorskip("lance")
+    options = ["--model", str(sentence_transformer_folder), "--n", "60", "300", "--encoded", "40", "--rounds", "1"]
+    forks.run([str(BENCHMARKS / "index.py"), *options, "--out", str(tmp_path)])
+    found = json.loads((tmp_path / "index.json").read_text())
+    assert [build["n"] for build in found["builds"]] == [60, 300]
+    assert {(row["vectors"], row["n"]) for row in found["rows"]} == {
+        (kind, n) for kind in ("turns", "codes") for n in (60, 300)
+    }
+    assert (tmp_path / "index.png").read_bytes().startswith(b"\x89PNG")
+
+
 STARTS = {"bi-mean-dot", "bi-last-turn-dot", "poly-turns", "late-interaction"}  # what is not random
 ROWS = {*STARTS, "poly-codes-16", "poly-turns-codes", "cross", "poly-turns-frozen"}
 
