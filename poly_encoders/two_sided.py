@@ -10,7 +10,7 @@ from torch.linalg import vector_norm
 from torch.nn.functional import normalize
 
 from poly_encoders.modeling.text_poly_encoder import candidate_texts, plain_tokens
-from poly_encoders.ranker import Ranker, Task
+from poly_encoders.ranker import UPSTREAM_READS, Ranker, Task
 
 LENGTH_TOLERANCE = 0.01
 ASK_FOR_A_SIDE = (
@@ -106,7 +106,8 @@ class TwoSidedEncoder(Ranker, SentenceTransformer):
         """Tokens: upstream sorts texts by it, so that those in one batch need little padding."""
         if not isinstance(sample, str):
             return int(super()._input_length(sample))
-        return len(plain_tokens(self.tokenizer, [sample])["input_ids"][0])
+        with UPSTREAM_READS:  # which tells the tokenizer of a model that is left as it is how to cut and pad
+            return len(plain_tokens(self.tokenizer, [sample])["input_ids"][0])
 
     def score_texts(self, context: str, candidates: list[str], prompt: str | None, **options: Any) -> Tensor:
         show = options.pop("show_progress_bar", None)

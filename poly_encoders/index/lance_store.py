@@ -10,6 +10,7 @@ import os
 import uuid
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -17,11 +18,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from filelock import FileLock
 
 from poly_encoders.index.extras import needs
 
 FORMAT = 1  # of what this package writes; it reads this one and older ones
-TABLE = "candidates.lance"  # in an index's folder
+TABLE, LOCK = "candidates.lance", ".writing.lock"  # in an index's folder
 SETTINGS = b"poly_encoders"  # their key in the schema
 ID, TEXT, VECTOR, ROW_HASH, VECTOR_CHECK = "id", "text", "vector", "row_hash", "vector_check"
 OUR_COLUMNS = (ID, TEXT, VECTOR, ROW_HASH, VECTOR_CHECK)
@@ -128,22 +130,35 @@ class LanceStore:
 
     def upsert(self, rows: pa.Table, replace: bool = True) -> "LanceStore":
         """Put rows in, in place of those of the same ids, or leaving these as they are."""
-        merge = self.dataset.merge_insert(ID).when_not_matched_insert_all()
-        if replace:
-            merge = merge.when_matched_update_all()
-        with_clear_errors(self.path, lambda: merge.execute(rows.cast(self.dataset.schema)))
+        with self._alone() as dataset:
+            merge = dataset.merge_insert(ID).when_not_matched_insert_all()
+            (merge.when_matched_update_all() if replace else merge).execute(rows.cast(dataset.schema))
         return self.latest()
 
     def delete(self, condition: str) -> "LanceStore":
-        with_clear_errors(self.path, lambda: self.dataset.delete(condition))
+        with self._alone() as dataset:
+            dataset.delete(condition)
         return self.latest()
 
     def compact(self, keep: timedelta) -> "LanceStore":
         """Few large files, without what was deleted; versions older than `keep` go."""
-        self.dataset.optimize.compact_files(target_rows_per_fragment=ROWS_IN_A_FILE)
-        store = self.latest()
-        store.dataset.cleanup_old_versions(older_than=keep)
-        return store
+        with self._alone() as dataset:
+            dataset.optimize.compact_files(target_rows_per_fragment=ROWS_IN_A_FILE)
+            self.latest().dataset.cleanup_old_versions(older_than=keep)
+        return self.latest()
+
+    @contextmanager
+    def _alone(self) -> Iterator[Any]:
+        """The newest dataset, while no other process writes: of two that insert one id at once, Lance would keep both.
+
+        Raises:
+            OSError: nothing of the write is in the index, as of a full disk.
+        """
+        try:
+            with FileLock(self.path / LOCK):
+                yield self.latest().dataset
+        except OSError as error:
+            raise OSError(f"{self.path} is as it was before: this write failed ({first_line(error)}).") from error
 
     # --- reading ---------------------------------------------------------------------------------------------------
 
@@ -235,15 +250,3 @@ def as_column(vectors: np.ndarray) -> pa.Array:
 def first_line(error: Exception) -> str:
     """What went wrong, without where in Lance's source."""
     return str(error).split(", /")[0].splitlines()[0]
-
-
-def with_clear_errors(path: str | os.PathLike[str], write: Any) -> None:
-    """Run a write; of one that fails, say what remains.
-
-    Raises:
-        OSError: nothing of it is in the index, as of a full disk.
-    """
-    try:
-        write()
-    except OSError as error:
-        raise OSError(f"{path} is as it was before: this write failed ({first_line(error)}).") from error
