@@ -122,9 +122,7 @@ def load_prepared(candidates: Tensor | np.ndarray, folder: str | Path) -> Prepar
             raise ValueError(f"{Path(folder, name)} has {found} bytes, not {size * len(reader)}: prepare again.")
     low, norms, residuals = _mapped(folder, len(reader), width, dtype, shared=False)
     some = PreparedCandidates(reader.held, low, norms, residuals, axes, reader.sample(SPOT_CHECKS).clone())
-    length = upper_norms(some.sample)
-    known = CandidateReader(norms[:, None]).sample(SPOT_CHECKS)[:, 0]
-    if not torch.equal(length, known):
+    if not torch.allclose(upper_norms(some.sample), norms[reader.spread(SPOT_CHECKS)]):
         raise ValueError(f"What was prepared in {folder} is of other candidates: prepare again.")
     return some
 
@@ -189,7 +187,7 @@ class CandidateReader:
             raise ValueError(f"Candidates {was} wide were prepared, but they are {self.dim} now: prepare them again.")
         now = self.sample(SPOT_CHECKS)
         if not torch.equal(now, prepared.sample):
-            which = int((now != prepared.sample).any(dim=1).int().argmax()) * self._step(SPOT_CHECKS)
+            which = int((now != prepared.sample).any(dim=1).int().argmax()) * self.spread(SPOT_CHECKS).step
             raise ValueError(f"Candidate {which} is another vector than when it was prepared: prepare them again.")
 
     def __len__(self) -> int:
@@ -207,10 +205,12 @@ class CandidateReader:
 
     def sample(self, most: int) -> Tensor:
         """So many of the vectors, evenly spread, or all where there are fewer: `(s, dim)`."""
-        return self.take(slice(0, most * self._step(most), self._step(most)))
+        return self.take(self.spread(most))
 
-    def _step(self, most: int) -> int:
-        return max(1, len(self) // most)
+    def spread(self, most: int) -> slice:
+        """So many places, evenly spread, or all where there are fewer."""
+        step = max(1, len(self) // most)
+        return slice(0, most * step, step)
 
     def blocks(self, start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
         """The vectors from start to stop in blocks that fit the CPU's cache, each with the index of its first."""

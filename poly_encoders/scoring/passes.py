@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
@@ -14,7 +14,6 @@ from poly_encoders.scoring.candidates import CandidateReader, vector_norms
 
 Precision = Literal["exact", "float32", "bfloat16"]
 Workspace: TypeAlias = dict[torch.dtype, Tensor]
-Range: TypeAlias = tuple[int, int]  # the first candidate of several, and the one behind the last
 
 # Sizes on the CPU, found by trying. A piece is large, so that the few steps that follow its product weigh little;
 # float32 products go by blocks within it, which stay in the cache.
@@ -29,47 +28,24 @@ PAIR_BYTES = 64  # beside its dots, what a pair of context and candidate takes t
 
 
 class Piece:
-    """Some candidates of a reader on their way through a pass: those of `(start, stop)` ranges, one after the other."""
+    """Consecutive candidates of a reader on their way through a pass, `size` of them from `start` on."""
 
-    def __init__(self, reader: CandidateReader, ranges: Sequence[Range]) -> None:
-        self.reader, self.ranges = reader, ranges
-        self.size = sum(stop - start for start, stop in ranges)
+    def __init__(self, reader: CandidateReader, start: int, size: int) -> None:
+        self.reader, self.start, self.size = reader, start, size
+        here = slice(start, start + size)
         # (r,), once they are known
-        self.norms = None if reader.prepared is None else joined(reader.prepared.norms, ranges)
-        self.allowed = None if reader.where is None else joined(reader.where, ranges)
-        self.count = self.size if self.allowed is None else int(self.allowed.sum())
+        self.norms = None if reader.prepared is None else reader.prepared.norms[here]
+        self.allowed = None if reader.where is None else reader.where[here]
+        self.count = size if self.allowed is None else int(self.allowed.sum())
 
     @functools.cached_property
     def rounded(self) -> tuple[Tensor, Tensor, Tensor]:
         """`(r, dim)` bfloat16, and the `(r,)` bounds of norms and of residuals."""
-        low, norms, residuals = zip(*(self.reader.rounded(*some) for some in self.ranges), strict=True)
-        return (
-            (low[0], norms[0], residuals[0])
-            if len(low) == 1
-            else (torch.cat(low), torch.cat(norms), torch.cat(residuals))
-        )
-
-    def candidates(self, rows: Tensor) -> Tensor:
-        """Which candidates some rows are."""
-        if len(self.ranges) == 1:
-            return rows + self.ranges[0][0]
-        starts, stops = torch.tensor(self.ranges, device=rows.device).T
-        behind = (stops - starts).cumsum(0)  # rows up to the end of each range
-        which = torch.searchsorted(behind, rows, right=True)
-        return rows + (stops - behind)[which]
+        return self.reader.rounded(self.start, self.start + self.size)
 
 
-def joined(column: Tensor, ranges: Sequence[Range]) -> Tensor:
-    """Ranges of a column, one after the other: a view where it is only one."""
-    parts = [column[start:stop] for start, stop in ranges]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def pieces(
-    reader: CandidateReader, *, precision: Precision, contexts: int, m: int, ranges: Sequence[Range]
-) -> Iterator[Piece]:
-    """The candidates of the ranges in order, in pieces that suit the device and these contexts of m vectors."""
-    total = sum(stop - start for start, stop in ranges)
+def pieces(reader: CandidateReader, *, precision: Precision, contexts: int, m: int) -> Iterator[Piece]:
+    """The candidates in order, in pieces that suit the device and these contexts of m vectors."""
     if reader.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(reader.device)
         rows = max(FEWEST_ROWS, free // GPU_MEMORY_SHARE // (contexts * (4 * m + PAIR_BYTES) + 6 * reader.dim))
@@ -78,18 +54,9 @@ def pieces(
         most = MOST_ROWS if is_ready or precision == "float32" else ROWS_TO_ROUND
         rows = min(most, max(FEWEST_ROWS, DOTS_AT_ONCE // (contexts * (m + PAIR_BYTES // 4))))
     # Equal parts, but round ones: some odd numbers of rows take a product half as long again.
-    rows = max(1, min(rows, math.ceil(total / max(1, math.ceil(total / rows)) / FEWEST_ROWS) * FEWEST_ROWS))
-    some: list[Range] = []
-    for start, stop in ranges:
-        while start < stop:
-            end = min(stop, start + rows - sum(stop - start for start, stop in some))
-            some.append((start, end))
-            start = end
-            if sum(stop - start for start, stop in some) == rows:
-                yield Piece(reader, some)
-                some = []
-    if some:
-        yield Piece(reader, some)
+    rows = min(rows, math.ceil(len(reader) / max(1, math.ceil(len(reader) / rows)) / FEWEST_ROWS) * FEWEST_ROWS)
+    for start in range(0, len(reader), max(1, rows)):
+        yield Piece(reader, start, min(rows, len(reader) - start))
 
 
 class Pairs(NamedTuple):
@@ -170,7 +137,7 @@ class Pass:
             if piece.allowed is not None:
                 lowest = -torch.inf if largest.is_floating_point() else torch.iinfo(largest.dtype).min
                 largest = largest.masked_fill(~piece.allowed[:, None], lowest)
-            threshold = higher(piece.candidates(largest.T.topk(k).indices))
+            threshold = higher(largest.T.topk(k).indices + piece.start)
             high = self._high_enough(largest, threshold, norms, residuals, piece.allowed)
         row, which = high.nonzero().unbind(1)
         if len(row) == 0:
@@ -180,7 +147,7 @@ class Pass:
         bounded = self._bounded(dots, error + self.step * dots.abs().amax(dim=-1), which)
         possible = (~(bounded[2] < threshold[which])).nonzero().flatten()
         unknown = torch.zeros_like(row, dtype=torch.bool)
-        return Pairs(which, piece.candidates(row), *bounded, unknown).at(possible)
+        return Pairs(which, row + piece.start, *bounded, unknown).at(possible)
 
     def estimates(self, which: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rough scores in float32 of `(h, c, dim)` candidates, c for each of the `(h,)` contexts, and their bounds."""
@@ -257,12 +224,9 @@ class Pass:
         return self.workspace[dtype][:size].view(rows, -1)
 
     def _low_dots(self, piece: Piece) -> tuple[Tensor, Tensor, Tensor]:
-        if self.axes is not None and (prepared := piece.reader.prepared) is not None and piece.norms is not None:
-            dots, at = self._room(piece.size), 0
-            for start, stop in piece.ranges:
-                torch.mm(prepared.low[start:stop], self.columns, out=dots[at : at + stop - start])
-                at += stop - start
-            return dots, piece.norms, joined(prepared.residuals, piece.ranges)
+        if self.axes is not None:
+            rows, norms, residuals = piece.reader.of_prepared(piece.start, piece.start + piece.size)
+            return torch.mm(rows, self.columns, out=self._room(piece.size)), norms, residuals
         rows, norms, residuals = piece.rounded
         if self.low_out:
             dots = torch.mm(rows, self.columns, out=self._room(piece.size))
@@ -273,10 +237,9 @@ class Pass:
         return dots, norms, residuals
 
     def _dots(self, piece: Piece) -> tuple[Tensor, Tensor, None]:
-        dots, norms, at = self._room(piece.size), [], 0
-        for start, rows in (block for some in piece.ranges for block in piece.reader.blocks(*some)):
-            torch.mm(rows.float(), self.columns, out=dots[at : at + len(rows)])
-            at += len(rows)
+        dots, norms = self._room(piece.size), []
+        for start, rows in piece.reader.blocks(piece.start, piece.start + piece.size):
+            torch.mm(rows.float(), self.columns, out=dots[start - piece.start :][: len(rows)])
             if piece.norms is None:  # while the block is in the cache
                 norms.append(vector_norms(rows, start))
         piece.norms = torch.cat(norms) if piece.norms is None else piece.norms

@@ -1,7 +1,7 @@
 """The best of very many candidates: a cheap pass over all, and exact scores for the few that it cannot exclude."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple, get_args
 
 import numpy as np
@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from poly_encoders.hardware import has_fast_bf16
 from poly_encoders.scoring.candidates import CandidateReader, PreparedCandidates, check_devices, is_float
 from poly_encoders.scoring.few import PAIRS, best_of_few
-from poly_encoders.scoring.passes import Pairs, Pass, Piece, Precision, Range, Workspace, joined, pieces
+from poly_encoders.scoring.passes import Pairs, Pass, Piece, Precision, Workspace, pieces
 from poly_encoders.scoring.shortlist import Shortlist
 
 CONTEXT_VECTORS_AT_ONCE = 2048  # columns of one matrix product: more gain nothing, and take memory
@@ -36,7 +36,6 @@ def top_k(
     precision: Precision | None = None,
     scale: float = 1.0,
     where: Tensor | np.ndarray | None = None,
-    ranges: Sequence[Range] | None = None,
     show_progress_bar: bool = False,
 ) -> TopK:
     """The k best candidates for every context, without ever holding all scores.
@@ -48,8 +47,8 @@ def top_k(
     nine in ten, float32 takes over. `"bfloat16"` is approximate: its pass alone decides which k are returned, so one
     close to the last place may be missing; their scores and order are exact.
 
-    Each call costs two to four milliseconds beside its pass. It is for a small k: exact scores are slow, so for all of
-    the candidates take `PolyEncoder.similarity` and a sort.
+    Each call costs a millisecond or two beside its pass. It is for a small k: for all of the candidates in order take
+    `PolyEncoder.similarity` and a sort.
 
     Args:
         context: `(batch, m, dim)` context vectors; all-zero ones are padding. With m = 1 this is the exact search of a
@@ -61,7 +60,6 @@ def top_k(
             `"float32"`.
         scale: The model's `final_scale`: 1 for basic attention.
         where: `(n,)` booleans: which candidates to choose from.
-        ranges: Look at candidates from start up to stop alone, of each `(start, stop)`: ascending, none twice.
         show_progress_bar: Show one.
 
     Returns:
@@ -70,13 +68,13 @@ def top_k(
     Raises:
         TypeError: vectors that are not of floating-point numbers, or a k that is no whole number.
         ValueError: shapes or devices that do not fit together, NaN or infinity in the vectors, scores that overflow
-            float32, a negative k, a scale that is not positive, an unknown precision, ranges out of order.
+            float32, a negative k, a scale that is not positive, an unknown precision, another `where`.
     """
     context = _checked_context(context)
     # An array is on no device: its pieces go where the contexts are.
     reader = CandidateReader(candidates, context.device if isinstance(candidates, np.ndarray) else None, where)
     k = _checked(context, reader, k, scale, precision)
-    ranges, number = _checked_ranges(reader, ranges)
+    number = len(reader) if reader.where is None else int(reader.where.sum())
     k = min(k, number)
     if k == 0 or len(context) == 0:
         scores = torch.zeros((len(context), k), dtype=torch.float32, device=context.device)
@@ -88,8 +86,9 @@ def top_k(
         context, padding = _padding_last(context)
         best = None
         if number * len(context) <= PAIRS and precision != "bfloat16":
-            best = best_of_few(context, padding, reader, _places(reader, ranges, number), k, scale)
-        found = TopK(*(best or _best_of_many(context, padding, reader, ranges, k, scale, precision, show_progress_bar)))
+            among = None if reader.where is None else reader.where.nonzero().flatten()
+            best = best_of_few(context, padding, reader, among, k, scale)
+        found = TopK(*(best or _best_of_many(context, padding, reader, k, scale, precision, show_progress_bar)))
     if not bool(found.scores.isfinite().all()):
         raise ValueError(
             "Scores overflow float32, so they cannot be ranked: the vectors are too long. Encode them again, or scale "
@@ -102,7 +101,6 @@ def _best_of_many(
     context: Tensor,
     padding: Tensor | None,
     reader: CandidateReader,
-    ranges: Sequence[Range],
     k: int,
     scale: float,
     precision: Precision,
@@ -117,7 +115,7 @@ def _best_of_many(
         for part, known in zip(context.split(contexts), splits, strict=False)
     ]
     with tqdm(total=len(reader), desc="Ranking", unit="candidate", disable=not show_progress_bar) as bar:
-        for piece in pieces(reader, precision=precision, contexts=contexts, m=context.shape[1], ranges=ranges):
+        for piece in pieces(reader, precision=precision, contexts=contexts, m=context.shape[1]):
             for group in groups:
                 group.look_at(piece)
             bar.update(piece.size)
@@ -226,29 +224,3 @@ def _checked(context: Tensor, candidates: CandidateReader, k: int, scale: float,
     if precision not in (None, *get_args(Precision)):
         raise ValueError(f"precision is one of {', '.join(get_args(Precision))}, not {precision!r}.")
     return min(int(k), len(candidates))
-
-
-def _checked_ranges(reader: CandidateReader, ranges: Sequence[Range] | None) -> tuple[Sequence[Range], int]:
-    """The ranges, and how many candidates there are to choose from in them."""
-    n = len(reader)
-    if ranges is None:
-        return [(0, n)], n if reader.where is None else int(reader.where.sum())
-    ranges = [(int(start), int(stop)) for start, stop in ranges if start != stop]
-    edges = [edge for some in ranges for edge in some]
-    if edges != sorted(edges) or (edges and not 0 <= edges[0] <= edges[-1] <= n):
-        raise ValueError(
-            f"ranges go from start up to stop, in order, within the {n} candidates, none twice; got {ranges}."
-        )
-    if not ranges:
-        return [], 0
-    if reader.where is None:
-        return ranges, sum(stop - start for start, stop in ranges)
-    return ranges, int(joined(reader.where, ranges).sum())
-
-
-def _places(reader: CandidateReader, ranges: Sequence[Range], number: int) -> Tensor | None:
-    """Which candidates there are to choose from; `None` for all."""
-    if number == len(reader):
-        return None
-    places = torch.cat([torch.arange(start, stop, device=reader.device) for start, stop in ranges])
-    return places if reader.where is None else places[joined(reader.where, ranges)]

@@ -73,10 +73,8 @@ class Shortlist:
         counts = self.pairs.which[places].bincount(minlength=self.contexts).tolist()
         for number, own in enumerate(places.split(counts)):
             here = slice(number, number + 1)
-            context, padding = (
-                self.closer.context[here],
-                None if self.closer.padding is None else self.closer.padding[here],
-            )
+            context = self.closer.context[here]
+            padding = None if self.closer.padding is None else self.closer.padding[here]
             for some in own.split(max(1, AT_ONCE // self.reader.dim)) if len(own) else []:
                 vectors = self.reader.take(self.pairs.candidate[some])[None]
                 score = exact_scores(context, vectors, padding, self.closer.scale)[0]

@@ -20,7 +20,7 @@ def swept(context, candidates, threshold=-torch.inf, precision="exact", scale=1.
         held, precision = prepare(candidates, form="axes"), "exact"
         axes = held.axes
     sweep = Pass(context, None, scale, precision, {}, axes)
-    piece = Piece(CandidateReader(held), [(0, len(candidates))])
+    piece = Piece(CandidateReader(held), 0, len(candidates))
     return sweep.survivors(piece, torch.as_tensor(threshold).expand(len(context)), 1)
 
 
@@ -83,7 +83,7 @@ def test_the_bound_holds_where_every_rounding_goes_the_same_way(dim, rounded):
     context, candidate = (torch.ones(dim), tie) if rounded == "candidate" else (tie, torch.ones(dim))
     sweep = Pass(context[None, None], None, 1.0, "exact", {})
     sweep.step = 0.0  # its products are handed over exactly: small whole multiples of 2^-7 or nearly 0
-    found = sweep.survivors(Piece(CandidateReader(candidate[None]), [(0, 1)]), torch.full((1,), -torch.inf), 1)
+    found = sweep.survivors(Piece(CandidateReader(candidate[None]), 0, 1), torch.full((1,), -torch.inf), 1)
     off = (found.score.double() - context.double() @ candidate.double()).abs()
     slack = found.score - found.least
     assert 0.8 * slack < off <= slack
@@ -123,7 +123,7 @@ def test_the_bound_on_axes_needs_its_part_for_rounding(dim):
     held = prepare(candidates, form="axes")
     sweep = Pass(context, None, 1.0, "exact", {}, held.axes)
     nothing = torch.full((8,), -torch.inf)
-    found = sweep.survivors(Piece(CandidateReader(held), [(0, 2000)]), nothing, 1)
+    found = sweep.survivors(Piece(CandidateReader(held), 0, 2000), nothing, 1)
     true = poly_score(context.double(), candidates.double())[found.which, found.candidate]
     off = (found.score.double() - true).abs()
     assert (off <= (found.score - found.least).double()).all()

@@ -1,6 +1,5 @@
 """`top_k` against scoring everything: the same answer to the last bit in any precision, pieces and containers."""
 
-import contextlib
 import dataclasses
 import itertools
 from contextlib import contextmanager
@@ -66,41 +65,6 @@ def test_hard_vectors_are_ranked_exactly(kind, form, k):
     assert_exact(context, candidates, k, held)
     with small_pieces():
         assert_exact(context, candidates, k, held)
-
-
-@given(
-    kind=st.sampled_from(KINDS),
-    seed=st.integers(0, 10**6),
-    form=st.sampled_from([None, "bfloat16", "axes"]),
-    precision=st.sampled_from(["exact", "float32"]),
-    edges=st.lists(st.integers(0, 200), max_size=8),
-    share=st.sampled_from([None, 0.0, 0.05, 0.5, 1.0]),
-    few=st.booleans(),
-)
-def test_some_of_the_candidates(kind, seed, form, precision, edges, share, few):
-    context, candidates = vectors(kind, b=3, m=5, n=200, dim=16, seed=seed)
-    edges = sorted(edges)[: len(edges) // 2 * 2]
-    ranges = [*zip(edges[::2], edges[1::2], strict=True)] or None
-    where = None if share is None else torch.rand(200, generator=torch.manual_seed(seed)) < share
-    mine = torch.ones(200, dtype=torch.bool) if where is None else where.clone()
-    if ranges is not None:
-        mine &= torch.tensor([any(start <= i < stop for start, stop in ranges) for i in range(200)])
-    places = mine.nonzero().flatten()
-    expected = score_everything(context, candidates[places], 10)
-    held = prepare(candidates, form=form) if form else candidates
-    with contextlib.nullcontext() if few else small_pieces():
-        found = top_k(context, held, 10, precision=precision, where=where, ranges=ranges)
-    assert_equal(found, TopK(expected.scores, places[expected.indices]))
-
-
-def test_a_choice_that_makes_no_sense_is_refused():
-    context, candidates = torch.randn(1, 2, 4), torch.randn(9, 4)
-    for where in (torch.ones(8, dtype=torch.bool), torch.ones(9), np.ones((9, 1), dtype=bool)):
-        with pytest.raises(ValueError, match="expected booleans, one for each of the 9"):
-            top_k(context, candidates, 2, where=where)
-    for ranges in ([(2, 1)], [(0, 3), (2, 4)], [(4, 5), (0, 2)], [(-1, 2)], [(5, 10)]):
-        with pytest.raises(ValueError, match="in order, within the 9 candidates"):
-            top_k(context, candidates, 2, ranges=ranges)
 
 
 @given(
