@@ -114,7 +114,7 @@ def check_push(repo_id: str, *, token: str | None = None, private: bool | None =
         PushError, HfHubHTTPError, ValueError: it cannot.
     """
     api = HfApi(token=token)
-    with _clear_errors(api, repo_id):
+    with clear_hub_errors(api, repo_id):
         user = api.whoami()
         repo_id, info = _repository(api, repo_id, private)
         role = user.get("auth", {}).get("accessToken", {}).get("role")
@@ -141,7 +141,7 @@ def _push(
 ) -> CommitInfo:
     """Put files, by their path in it, into a repository."""
     api = HfApi(token=token)
-    with _clear_errors(api, repo_id):
+    with clear_hub_errors(api, repo_id):
         repo_id, info = _repository(api, repo_id, private)
         if info is None:
             api.create_repo(repo_id, private=private)
@@ -209,7 +209,7 @@ def _no_right(repo_id: str, why: str) -> str:
 
 
 @contextmanager
-def _clear_errors(api: HfApi, repo_id: str) -> Iterator[None]:
+def clear_hub_errors(api: HfApi, repo_id: str) -> Iterator[None]:
     """Have the errors that people meet say what to do. The token is in none of them."""
     try:
         yield

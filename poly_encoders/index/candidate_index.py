@@ -1,8 +1,10 @@
 """An index of candidates: built once, searched from disk, changed while it is read."""
 
 import os
-from collections.abc import Iterable, Sequence
+import shutil
+from collections.abc import Sequence
 from datetime import timedelta
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,25 +19,12 @@ from poly_encoders.index.index_hub import download, push
 from poly_encoders.index.index_writer import conforming, encode_into, stored_rows
 from poly_encoders.index.lance_store import ID, TABLE, TEXT, IndexSettings, LanceStore, first_line
 from poly_encoders.index.row_batches import row_batches
-from poly_encoders.index.view import View
+from poly_encoders.index.view import Hits, View
 from poly_encoders.modeling.text_poly_encoder import checked_count
 from poly_encoders.two_sided import TwoSidedEncoder, is_single_context, refuse_other_lengths
 
 Engine = Literal["exact", "ann"]
 EXACT_UP_TO = 300_000  # rows that the exact engine searches unless told
-
-
-class Hits(list[dict[str, Any]]):
-    """The best candidates for one context, best first: dicts of `id`, `score`, `text` and the metadata.
-
-    Attributes:
-        proven: No other candidate is better: these are what scoring all of them gives.
-        looked_at: The share of the candidates that were scored.
-    """
-
-    def __init__(self, rows: Iterable[dict[str, Any]], proven: bool, looked_at: float) -> None:
-        super().__init__(rows)
-        self.proven, self.looked_at = proven, looked_at
 
 
 class CandidateIndex:
@@ -95,10 +84,10 @@ class CandidateIndex:
             first = next(batches, None)
             if first is None:
                 raise ValueError("There are no candidates to build an index of.")
-            settings = IndexSettings(encoder.dim, dtype, encoder.name, encoder.probes())
-            index = cls(LanceStore.create(path, first.schema, settings))
+            settings = IndexSettings(encoder.dim, dtype, encoder.probes(), encoder.hub_id)
+            index = cls(LanceStore.create(path, first.schema, settings, encoder.folder))
             index._model = encoder
-            batches = (table for part in ([first], batches) for table in part)
+            batches = chain([first], batches)
         index._write(batches, candidates, batch_size, show_progress_bar)
         return index
 
@@ -144,14 +133,21 @@ class CandidateIndex:
             encoder.refuse_other(None, dim, "the vectors given")
             if encoder.normalize or getattr(encoder.model, "scores_are_cosines", False):
                 refuse_other_lengths(_tensor(first[1]))
-        probes, name = (None, None) if encoder is None else (encoder.probes(), encoder.name)
-        store = LanceStore.create(path, first[0].schema, IndexSettings(dim, dtype, name, probes))
+        if encoder is None:
+            store = LanceStore.create(path, first[0].schema, IndexSettings(dim, dtype))
+        else:
+            settings = IndexSettings(dim, dtype, encoder.probes(), encoder.hub_id)
+            store = LanceStore.create(path, first[0].schema, settings, encoder.folder)
         index = cls(store)
         index._model = encoder
-        with tqdm(desc="Adding", unit="candidate", disable=not show_progress_bar) as bar:
-            for table, rows in (pair for part in ([first], batches) for pair in part):
-                index._set(index.store.upsert(stored_rows(index.store, conforming(index.store, table), rows)))
-                bar.update(len(rows))
+        try:
+            with tqdm(desc="Adding", unit="candidate", disable=not show_progress_bar) as bar:
+                for table, rows in chain([first], batches):
+                    index._set(index.store.upsert(stored_rows(index.store, conforming(index.store, table), rows)))
+                    bar.update(len(rows))
+        except BaseException:
+            shutil.rmtree(Path(path, TABLE))  # nobody could go on with a part of it
+            raise
         return index
 
     @classmethod
@@ -190,7 +186,7 @@ class CandidateIndex:
             "candidates": len(self),
             "dim": settings.dim,
             "dtype": settings.dtype,
-            "model": settings.model,
+            "model": self.store.model,
             "version": self.store.version,
             "metadata": self.store.metadata_columns,
             "table_bytes": _size(path / TABLE),
@@ -230,7 +226,12 @@ class CandidateIndex:
         """Add candidates in place of those of the same ids. Returns how many were new or changed."""
         return self._write(row_batches(candidates), candidates, batch_size, show_progress_bar)
 
-    def delete(self, ids: Sequence[str | int] | None = None, *, filter: str | None = None) -> int:  # noqa: A002  # the field's name for it
+    def delete(
+        self,
+        ids: Sequence[str | int] | None = None,
+        *,
+        filter: str | None = None,  # noqa: A002
+    ) -> int:
         """Delete candidates by their ids, or those that meet a condition in SQL. Returns how many there were.
 
         Raises:
@@ -330,14 +331,7 @@ class CandidateIndex:
         view = self._view
         given: dict[str, Any] = {"condition": filter, "approximate": approximate, "neighbours": wanted}
         found = self._filtered(lambda: view.search(_tensor(contexts), k, scale=scale, **given))
-        rows = view.rows(np.concatenate([one.row_ids for one in found])) if found else []
-        answers = []
-        for one in found:
-            mine, rows = rows[: len(one.scores)], rows[len(one.scores) :]
-            scored = zip(mine, one.scores.tolist(), strict=True)
-            hits = ({ID: row.pop(ID), "score": score, **row} for row, score in scored)
-            answers.append(Hits(hits, one.proven, one.looked_at))
-        return answers
+        return view.hits(found)
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: Any = None) -> str:
         """Upload it as a data set, with a card; derived files stay here. Returns the address."""

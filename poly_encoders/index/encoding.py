@@ -1,6 +1,7 @@
 """What an index needs of a model: vectors of both sides, the score, and a sign of who encodes candidates how."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,16 @@ class IndexModel:
         """A folder or Hub id that the model was loaded from whole; `None` for one that was built."""
         names = (getattr(module, "name_or_path", None) for module in self.model.modules())
         return next((name for name in names if isinstance(name, str) and name), None)
+
+    @property
+    def folder(self) -> str | None:
+        """Where the model lies, if that is a folder."""
+        return self.name if self.name is not None and Path(self.name).is_dir() else None
+
+    @property
+    def hub_id(self) -> str | None:
+        """Where it came from, if that is the Hub."""
+        return None if self.folder else self.name
 
     @property
     def dim(self) -> int:

@@ -3,10 +3,10 @@
 import importlib
 from typing import Any
 
-PACKAGES = {"lance": "pylance", "faiss": "faiss-cpu", "pymilvus": "pymilvus"}
+PACKAGES = {"lance": "pylance", "faiss": "faiss-cpu"}
 
 
-def needs(module: str, extra: str) -> Any:
+def needs(module: str) -> Any:
     """Import it.
 
     Raises:
@@ -15,4 +15,4 @@ def needs(module: str, extra: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ImportError(f"This needs {PACKAGES[module]}: pip install 'poly-encoders[{extra}]'.") from error
+        raise ImportError(f"This needs {PACKAGES[module]}: pip install 'poly-encoders[index]'.") from error

@@ -38,14 +38,14 @@ def given_batches(vectors: Any, ids: Any, texts: Any, metadata: Any) -> Iterator
             raise ValueError(f"{number} vectors came with {len(column)} values of {name!r}; give one for each.")
     columns |= rest
     rows = ({name: column[place] for name, column in columns.items()} for place in range(number))
-    start, waiting = 0, np.empty((0, 0), dtype=np.float32)
+    waiting = np.empty((0, 0), dtype=np.float32)
     source = iter(pieces)
     for table in row_batches(rows, AT_ONCE, need_text=False):
         while len(waiting) < len(table):
             piece = next(source)
             waiting = np.concatenate([waiting, piece]) if len(waiting) else piece
         yield table, waiting[: len(table)]
-        waiting, start = waiting[len(table) :], start + len(table)
+        waiting = waiting[len(table) :]
 
 
 def _plain(value: Any) -> Any:

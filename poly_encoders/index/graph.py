@@ -2,7 +2,7 @@
 
 A candidate that is among the best by a Poly-encoder's score, which lies between its dots with the context vectors, is
 among the nearest of at least one of them, or nearly so: on vectors of trained models the union holds 99 % of the best
-ten and more, with one vector a turn and with 64 codes (docs/index.md has the figures, and those of what was not taken).
+ten and more, with one vector a turn and with 64 codes (docs/index.md has the figures, also where it does not).
 """
 
 from pathlib import Path
@@ -24,7 +24,7 @@ class Graph:
     """A graph mapped from its file: rows are found by their position among those that it was made of."""
 
     def __init__(self, path: Path) -> None:
-        faiss = needs("faiss", "index")
+        faiss = needs("faiss")
         self._index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
 
     def nearest(self, context: np.ndarray, k: int, where: np.ndarray | None, neighbours: int | None) -> np.ndarray:
@@ -32,7 +32,7 @@ class Graph:
 
         `where`, `(n,)` booleans, says which to choose from.
         """
-        faiss = needs("faiss", "index")
+        faiss = needs("faiss")
         wanted = max(k, neighbours or (NEIGHBOURS if len(context) <= MANY else NEIGHBOURS // 2))
         options = faiss.SearchParametersHNSW(efSearch=2 * wanted)
         if where is not None:
@@ -44,7 +44,7 @@ class Graph:
 
 def build_graph(vectors: np.ndarray, path: Path, show_progress_bar: bool = False) -> None:
     """Write the graph of `(n, dim)` vectors to a file. Its codes have 8 bits: final scores come from elsewhere."""
-    faiss = needs("faiss", "index")
+    faiss = needs("faiss")
     n, dim = vectors.shape
     graph = faiss.IndexHNSWSQ(dim, faiss.ScalarQuantizer.QT_8bit, LINKS, faiss.METRIC_INNER_PRODUCT)
     graph.hnsw.efConstruction = WIDTH

@@ -142,7 +142,7 @@ def push_index(
 
 def _opened(index: Path, model: str | None, device: str | None) -> CandidateIndex:
     """With its model."""
-    known = model or CandidateIndex.load(index).store.settings.model
+    known = model or CandidateIndex.load(index).store.model
     if known is None:
         raise ValueError("The index does not say which model it was built with: name it with --model.")
     loaded: Any = load_model(known, device=device)

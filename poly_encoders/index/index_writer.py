@@ -39,14 +39,14 @@ def encode_into(
     known = store.hashes()
     with tqdm(total=total, desc="Encoding", unit="candidate", disable=not show_progress_bar) as bar:
         for batch in batches:
-            table = conforming(store, batch)
-            rows = table.to_pylist()
-            new = [known.get(row[ID]) != row_hash(row) for row in rows]
-            clashes = [row[ID] for row, differs in zip(rows, new, strict=True) if differs and row[ID] in known]
+            rows = conforming(store, batch)
+            ids, hashes = rows[ID].to_pylist(), rows[ROW_HASH].to_pylist()
+            new = [known.get(id_) != mark for id_, mark in zip(ids, hashes, strict=True)]
+            clashes = [id_ for id_, differs in zip(ids, new, strict=True) if differs and id_ in known]
             if clashes and not replace:
                 raise ValueError(f"{clashes[0]!r} is in the index with another text or metadata; upsert replaces it.")
             if any(new):
-                changed = table.filter(pa.array(new))
+                changed = rows.filter(pa.array(new))
                 texts = changed[TEXT].to_pylist()
                 vectors = model.candidates(texts, batch_size=batch_size, show_progress_bar=False)
                 store = store.upsert(stored_rows(store, changed, vectors), replace)
@@ -56,7 +56,7 @@ def encode_into(
 
 
 def conforming(store: LanceStore, table: pa.Table) -> pa.Table:
-    """Rows of the index's columns and types.
+    """Rows of the index's columns and types, with their hashes.
 
     Raises:
         ValueError: a column that the index lacks.
@@ -66,20 +66,22 @@ def conforming(store: LanceStore, table: pa.Table) -> pa.Table:
     if unknown := [name for name in table.column_names if name not in schema.names]:
         columns = ", ".join(store.metadata_columns) or "none"
         raise ValueError(f"The index has no column {unknown[0]!r}; its metadata columns are: {columns}.")
-    found_columns: dict[str, Any] = {}
-    for name in (name for name in schema.names if name not in (VECTOR, ROW_HASH, VECTOR_CHECK)):
+    if table[ID].type != schema.field(ID).type:
+        kind = schema.field(ID).type
+        raise TypeError(
+            f"In an index ids have one type: here {kind}, but {table[ID].type} in these rows. Convert them."
+        )
+    found: dict[str, Any] = {}
+    for name in (ID, TEXT, *store.metadata_columns):
         kind = schema.field(name).type
-        if name not in table.column_names:
-            found_columns[name] = pa.nulls(len(table), kind)
-            continue
-        found = table[name].type
         try:
-            if name == ID and found != kind:
-                raise pa.ArrowInvalid("ids have one type")
-            found_columns[name] = table[name].cast(kind)
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-            raise TypeError(f"Column {name!r} of the index is {kind}, of these rows {found}: {error}.") from error
-    return pa.table(found_columns)
+            found[name] = table[name].cast(kind) if name in table.column_names else pa.nulls(len(table), kind)
+        except pa.ArrowException as error:
+            raise TypeError(
+                f"Column {name!r} of the index is {kind}, of these rows {table[name].type}: {error}."
+            ) from error
+    rows = pa.table(found)
+    return rows.append_column(ROW_HASH, pa.array([row_hash(row) for row in rows.to_pylist()], pa.int64()))
 
 
 def stored_rows(store: LanceStore, table: pa.Table, vectors: np.ndarray) -> pa.Table:
@@ -94,11 +96,6 @@ def stored_rows(store: LanceStore, table: pa.Table, vectors: np.ndarray) -> pa.T
         fits = np.isfinite(vectors[bad[0]]).all()
         came = "does not fit float16; use dtype='float32'" if fits else "holds NaN or infinity"
         raise ValueError(f"The vector of {table[ID][int(bad[0])].as_py()!r} {came}. Nothing of its batch is added.")
-    columns = {
-        VECTOR: as_column(stored),
-        ROW_HASH: pa.array([row_hash(row) for row in table.to_pylist()], pa.int64()),
-        VECTOR_CHECK: pa.array(vector_checks(stored)),
-    }
-    for name, column in columns.items():
-        table = table.append_column(name, column)
+    table = table.append_column(VECTOR, as_column(stored))
+    table = table.append_column(VECTOR_CHECK, pa.array(vector_checks(stored)))
     return table.select(store.dataset.schema.names)

@@ -21,9 +21,10 @@ import pyarrow as pa
 from filelock import FileLock
 
 from poly_encoders.index.extras import needs
+from poly_encoders.saving import replace_file
 
 FORMAT = 1  # of what this package writes; it reads this one and older ones
-TABLE, LOCK = "candidates.lance", ".writing.lock"  # in an index's folder
+TABLE, LOCK, MODEL = "candidates.lance", ".writing.lock", ".model"  # in an index's folder
 SETTINGS = b"poly_encoders"  # their key in the schema
 ID, TEXT, VECTOR, ROW_HASH, VECTOR_CHECK = "id", "text", "vector", "row_hash", "vector_check"
 OUR_COLUMNS = (ID, TEXT, VECTOR, ROW_HASH, VECTOR_CHECK)
@@ -38,16 +39,17 @@ class IndexSettings:
     Attributes:
         dim: Width of the vectors.
         dtype: What they are stored in, `"float16"` or `"float32"`.
-        model: Where the model came from that encoded the candidates; `None` for vectors that came without.
-        probes: What it made of `poly_encoders.index.encoding.PROBES`, `(p, dim)`: who makes the same encodes the same.
+        probes: What the model that encoded the candidates made of `poly_encoders.index.encoding.PROBES`, `(p, dim)`:
+            who makes the same encodes the same. `None` for vectors that came without a model.
+        model: Its id on the Hub, if it has one.
         name: Of this table, different from that of any other: files made of one are not taken for another's.
         format: Version of the layout.
     """
 
     dim: int
     dtype: str
-    model: str | None
-    probes: list[list[float]] | None
+    probes: list[list[float]] | None = None
+    model: str | None = None
     name: str = field(default_factory=lambda: uuid.uuid4().hex)
     format: int = FORMAT
 
@@ -70,15 +72,19 @@ class LanceStore:
     # --- opening ---------------------------------------------------------------------------------------------------
 
     @classmethod
-    def create(cls, path: str | os.PathLike[str], columns: pa.Schema, settings: IndexSettings) -> "LanceStore":
-        """A new table without rows; `columns` are the metadata's."""
-        lance = needs("lance", "index")
+    def create(
+        cls, path: str | os.PathLike[str], columns: pa.Schema, settings: IndexSettings, folder: str | None = None
+    ) -> "LanceStore":
+        """A new table without rows; `columns` are the metadata's, and `folder` the model's, which is never pushed."""
+        lance = needs("lance")
         vector = pa.list_(pa.float16() if settings.dtype == "float16" else pa.float32(), settings.dim)
         own = [columns.field(ID), pa.field(TEXT, pa.string()), pa.field(VECTOR, vector)]
         own += [pa.field(ROW_HASH, pa.int64()), pa.field(VECTOR_CHECK, pa.uint32())]
         rest = [column for column in columns if column.name not in OUR_COLUMNS]
         schema = pa.schema([*own, *rest], metadata={SETTINGS: json.dumps(asdict(settings)).encode()})
         Path(path).mkdir(parents=True, exist_ok=True)
+        if folder is not None:
+            replace_file(Path(path, MODEL), folder)
         return cls(path, lance.write_dataset(schema.empty_table(), str(Path(path, TABLE)), mode="create"))
 
     @classmethod
@@ -88,7 +94,7 @@ class LanceStore:
             FileNotFoundError: no index is there.
             ValueError: there is something else, or another version than there are.
         """
-        lance = needs("lance", "index")
+        lance = needs("lance")
         if not cls.is_there(path):
             what = "is no folder of an index" if Path(path).exists() else "does not exist"
             raise FileNotFoundError(
@@ -118,6 +124,12 @@ class LanceStore:
     @property
     def version(self) -> int:
         return int(self.dataset.version)
+
+    @property
+    def model(self) -> str | None:
+        """Where to load the model from that encoded the candidates, as far as it is known here."""
+        here = self.path / MODEL
+        return here.read_text(encoding="utf-8") if here.is_file() else self.settings.model
 
     @property
     def metadata_columns(self) -> list[str]:

@@ -1,5 +1,6 @@
 """What is searched: the rows of one version, most of them in derived files, those added since in memory."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from poly_encoders.index.derived_files import Derived, derive, newest_derived
-from poly_encoders.index.lance_store import LanceStore
+from poly_encoders.index.lance_store import ID, LanceStore
 from poly_encoders.scoring import PreparedCandidates, prepare, top_k
 
 IN_MEMORY = 65536  # rows that need no files
@@ -37,6 +38,19 @@ class Found:
         ids, scores = np.concatenate([self.row_ids, other.row_ids]), np.concatenate([self.scores, other.scores])
         best = np.lexsort((ids, -scores))[:k]
         return Found(ids[best], scores[best], self.proven, self.looked_at)
+
+
+class Hits(list[dict[str, Any]]):
+    """The best candidates for one context, best first: dicts of `id`, `score`, `text` and the metadata.
+
+    Attributes:
+        proven: No other candidate is better: these are what scoring all of them gives.
+        looked_at: The share of the candidates that were scored.
+    """
+
+    def __init__(self, rows: Iterable[dict[str, Any]], proven: bool, looked_at: float) -> None:
+        super().__init__(rows)
+        self.proven, self.looked_at = proven, looked_at
 
 
 class View:
@@ -138,15 +152,24 @@ class View:
             for indices, scores in zip(best.indices.numpy(), best.scores.numpy(), strict=True)
         ]
 
-    def rows(self, row_ids: np.ndarray) -> list[dict[str, Any]]:
-        """The `id`, `text` and metadata of some rows.
+    def hits(self, found: list[Found]) -> list[Hits]:
+        """What was found with its rows.
 
         Raises:
-            ValueError: one is not as it was written.
+            ValueError: a row is not as it was written.
         """
-        known = {id_: self.recent_rows[id_] for id_ in row_ids.tolist() if id_ in self.recent_rows}
-        found = {id_: batch.slice(place, 1).to_pylist()[0] for id_, (batch, place) in known.items()}
-        others = np.array([id_ for id_ in row_ids.tolist() if id_ not in known], dtype=np.uint64)
-        if self.derived is not None:
-            found |= zip(others.tolist(), self.derived.rows.at(others), strict=True)
-        return self.store.checked([dict(found[id_]) for id_ in row_ids.tolist()])
+        answers = []
+        for one in found:
+            rows = zip(self._rows(one.row_ids.tolist()), one.scores.tolist(), strict=True)
+            scored = ({ID: row.pop(ID), "score": score, **row} for row, score in rows)
+            answers.append(Hits(scored, one.proven, one.looked_at))
+        return answers
+
+    def _rows(self, row_ids: list[int]) -> list[dict[str, Any]]:
+        others = np.array([id_ for id_ in row_ids if id_ not in self.recent_rows], dtype=np.uint64)
+        found = {} if self.derived is None else dict(zip(others.tolist(), self.derived.rows.at(others), strict=True))
+        for id_ in row_ids:
+            if id_ in self.recent_rows:
+                batch, place = self.recent_rows[id_]
+                found[id_] = batch.slice(place, 1).to_pylist()[0]
+        return self.store.checked([found[id_] for id_ in row_ids])

@@ -3,7 +3,10 @@
 from unittest import mock
 
 import pytest
+from huggingface_hub.errors import HfHubHTTPError
 
+from poly_encoders import PolyEncoder
+from poly_encoders.hub.pushing import PushError
 from poly_encoders.index import CandidateIndex, index_hub
 
 pytest.importorskip("lance")
@@ -11,7 +14,10 @@ pytest.importorskip("lance")
 
 def test_a_push_uploads_the_table_and_a_card(poly_encoder, tmp_path):
     rows = [{"id": "a", "text": "fine thanks", "year": 3}, {"id": "b", "text": "the weather", "year": 4}]
+    poly_encoder.save(str(tmp_path / "model"))
+    poly_encoder = PolyEncoder(str(tmp_path / "model"), device="cpu")
     index = CandidateIndex.build(poly_encoder, rows, tmp_path / "index", show_progress_bar=False)
+    assert index.info()["model"] == str(tmp_path / "model")
     (tmp_path / "index" / "derived").mkdir(exist_ok=True)
     with mock.patch.object(index_hub, "HfApi") as api:
         api.return_value.create_repo.return_value = mock.Mock(repo_id="org/replies")
@@ -25,7 +31,26 @@ def test_a_push_uploads_the_table_and_a_card(poly_encoder, tmp_path):
     card = (tmp_path / "index" / "README.md").read_text()
     assert 'from_pretrained("org/replies"' in card
     assert "| `year` | int64 |" in card
-    assert str(tmp_path) not in card
+    pushed = [
+        card,
+        *(
+            file.read_bytes().decode("latin1")
+            for file in (tmp_path / "index").rglob("candidates.lance/**/*")
+            if file.is_file()
+        ),
+    ]
+    assert not [text for text in pushed if str(tmp_path) in text]  # no folder of this machine
+    (tmp_path / "index" / "README.md").write_text("# Mine\n")
+    with mock.patch.object(index_hub, "HfApi") as api:
+        api.return_value.create_repo.return_value = mock.Mock(repo_id="org/replies")
+        index.push_to_hub("org/replies")
+    assert (tmp_path / "index" / "README.md").read_text() == "# Mine\n"
+    refused = HfHubHTTPError("no", response=mock.Mock(status_code=401, headers={}))
+    with (
+        mock.patch.object(index_hub.HfApi, "create_repo", side_effect=refused),
+        pytest.raises(PushError, match="logged in"),
+    ):
+        index.push_to_hub("org/replies")
     with mock.patch.object(index_hub, "snapshot_download", return_value=str(tmp_path / "index")) as download:
         again = CandidateIndex.from_pretrained("org/replies", poly_encoder, revision="main")
     assert download.call_args.kwargs["repo_type"] == "dataset"

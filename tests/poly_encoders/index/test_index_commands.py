@@ -23,7 +23,7 @@ def test_an_index_from_beginning_to_end(poly_encoder, tmp_path):
     texts = ["fine thanks", "the weather is nice", "a film perhaps", "what about dinner"]
     rows.write_text("".join(json.dumps({"id": n, "text": text, "tag": n % 2}) + "\n" for n, text in enumerate(texts)))
     assert "4 candidates" in run("build", model, rows, index)
-    found = run("search", index, "how are you", "fine thanks", "--top-k", 2, "--model", model)
+    found = run("search", index, "how are you", "fine thanks", "--top-k", 2)  # with the model that it was built with
     assert "Proven" in found
     assert sum(text in found for text in texts) == 2
     assert "tag" in found
