@@ -35,6 +35,7 @@ demo: .venv/.demo
 
 benchmarks: .venv-dev/.ready
 	.venv-dev/bin/python benchmarks/scoring.py
+	.venv-dev/bin/python benchmarks/encoding.py
 	.venv-dev/bin/python benchmarks/index.py
 	.venv-dev/bin/python benchmarks/training.py
 

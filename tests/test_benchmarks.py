@@ -45,6 +45,15 @@ def test_index_writes_its_table_and_its_plot(tmp_path, sentence_transformer_fold
     assert (tmp_path / "index.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_encoding_is_as_sentence_transformers_and_has_less_padding(tmp_path, sentence_transformer_folder):
+    options = ["--model", str(sentence_transformer_folder), "--texts", "70", "--rounds", "2"]
+    forks.run([str(BENCHMARKS / "encoding.py"), *options, "--out", str(tmp_path)])
+    found = json.loads((tmp_path / "encoding.json").read_text())
+    assert found["largest_difference"] < 1e-5
+    assert 1 <= found["padding_by_tokens"] <= found["padding_by_characters"]
+    assert found["times_as_fast"] > 0
+
+
 STARTS = {"bi-mean-dot", "bi-last-turn-dot", "poly-turns", "late-interaction"}  # what is not random
 ROWS = {*STARTS, "poly-codes-16", "poly-turns-codes", "cross", "poly-turns-frozen"}
 
