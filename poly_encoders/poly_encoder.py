@@ -173,15 +173,16 @@ class PolyEncoder(TwoSidedEncoder):
 
     # --- scoring ---------------------------------------------------------------------------------------------------
 
-    _similarity_fn_name = "poly"  # upstream's storage; it must not pick one of its own functions
+    _similarity_fn_name = "custom"  # upstream's storage; it must not pick one of its own functions
 
     @property
     def similarity_fn_name(self) -> str:
-        return "poly"
+        """Always `"custom"`, MTEB's name for a model that brings its own `similarity`."""
+        return "custom"
 
     @similarity_fn_name.setter
     def similarity_fn_name(self, value: str | None) -> None:
-        if value not in (None, "poly"):
+        if value not in (None, "custom"):
             raise ValueError(f"A Poly-encoder scores by attention over its context vectors, not by {value!r}.")
 
     @property

@@ -4,6 +4,8 @@ import re
 import shlex
 from pathlib import Path
 
+import datasets
+import mteb
 import pytest
 from transformers import HfArgumentParser
 from typer.testing import CliRunner
@@ -16,6 +18,7 @@ from poly_encoders.training import pretrain, train
 from poly_encoders.training.distill import read_plan
 from poly_encoders.training.methods.negative_rules import MiningOptions
 from poly_encoders.training.mine_negatives import MiningArguments
+from small_tasks import mteb_task, write_nano_beir
 
 ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))]
@@ -86,6 +89,20 @@ def test_every_task_has_its_command():
     text = page("docs/evaluation.md")
     for name, task in TASKS.items():
         assert f"poly-encoders evaluate MODEL {name} {' '.join(task.files)}" in text, name
+
+
+def test_public_benchmarks(saved_poly_encoder, tmp_path, monkeypatch):
+    """The page's code on tasks and a data set that are small and made here, of the kinds that it names."""
+    get_tasks = mteb.get_tasks
+    monkeypatch.setattr(
+        mteb, "get_tasks", lambda **named: [mteb_task(task.metadata.type) for task in get_tasks(**named)]
+    )
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    here = {"models/quickstart-poly-encoder": str(saved_poly_encoder)}
+    here |= {"sentence-transformers/NanoBEIR-en": str(write_nano_beir(tmp_path))}
+    names = run_blocks(python_blocks(page("docs/evaluation.md")), here)
+    assert names["scores"].keys() == {"SmallRetrieval", "SmallReranking"}
+    assert all(0 < figure < 1 for figure in (*names["scores"].values(), names["ndcg"]))
 
 
 def test_the_way_of_a_context_leads_through_functions_that_are_there():

@@ -86,7 +86,7 @@ def test_prompts_of_a_checkpoint_are_kept(sentence_transformer_folder, tmp_path)
     source = SentenceTransformer(modules=modules, prompts=prompts, device="cpu")
     source.save(str(tmp_path / "theirs"))
     model = PolyEncoder(str(tmp_path / "theirs"), device="cpu")
-    assert (model.prompts, model.default_prompt_name, model.similarity_fn_name) == (prompts, None, "poly")
+    assert (model.prompts, model.default_prompt_name, model.similarity_fn_name) == (prompts, None, "custom")
     np.testing.assert_allclose(model.encode_document(CANDIDATES), source.encode_document(CANDIDATES), atol=1e-6)
     mine = PolyEncoder(str(tmp_path / "theirs"), device="cpu", prompts={"query": "mine: "})
     assert mine.prompts == {"query": "mine: ", "document": "say: "}

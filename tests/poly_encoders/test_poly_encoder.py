@@ -212,7 +212,7 @@ def test_what_makes_no_scores(poly_encoder):
         poly_encoder.similarity_pairwise(contexts, candidates)
     with pytest.raises(ValueError, match="not by 'cosine'"):
         poly_encoder.similarity_fn_name = "cosine"
-    assert poly_encoder.similarity_fn_name == "poly"
+    assert poly_encoder.similarity_fn_name == "custom"
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
@@ -242,9 +242,9 @@ def test_information_retrieval_evaluator(poly_encoder):
     rankings = [poly_encoder.rank(query, list(corpus.values())) for query in queries.values()]
     orders = [[f"d{entry['corpus_id']}" for entry in ranking] for ranking in rankings]
     firsts = [min(map(order.index, right)) for order, right in zip(orders, relevant.values(), strict=True)]
-    assert found["poly_mrr@10"] == pytest.approx(np.mean([1 / (first + 1) for first in firsts]))
+    assert found["custom_mrr@10"] == pytest.approx(np.mean([1 / (first + 1) for first in firsts]))
     for k in (1, 3):
-        assert found[f"poly_accuracy@{k}"] == pytest.approx(np.mean([first < k for first in firsts]))
+        assert found[f"custom_accuracy@{k}"] == pytest.approx(np.mean([first < k for first in firsts]))
 
 
 @pytest.mark.parametrize("batched", [True, False])
