@@ -14,16 +14,18 @@ from tqdm.auto import tqdm
 
 from poly_encoders.index.derived_files import FOLDER, damaged_files, newest_derived
 from poly_encoders.index.encoding import IndexModel
+from poly_encoders.index.filters import clear_filter_errors, sql_literal
 from poly_encoders.index.given_vectors import given_batches
 from poly_encoders.index.index_hub import download, push
 from poly_encoders.index.index_writer import conforming, encode_into, stored_rows
-from poly_encoders.index.lance_store import ID, TABLE, TEXT, IndexSettings, LanceStore, first_line
+from poly_encoders.index.lance_store import ID, TABLE, IndexSettings, LanceStore, first_line
+from poly_encoders.index.milvus import MilvusMirror
 from poly_encoders.index.row_batches import row_batches
 from poly_encoders.index.view import Hits, View
 from poly_encoders.modeling.text_poly_encoder import checked_count
 from poly_encoders.two_sided import TwoSidedEncoder, is_single_context, refuse_other_lengths
 
-Engine = Literal["exact", "ann"]
+Engine = Literal["exact", "ann", "milvus"]
 EXACT_UP_TO = 300_000  # rows that the exact engine searches unless told
 
 
@@ -42,6 +44,7 @@ class CandidateIndex:
         self.store = store
         self._model = None if model is None else IndexModel(model)
         self._view: View | None = None
+        self._mirrors: dict[Any, MilvusMirror] = {}
         if self._model is not None:
             self._model.refuse_other(store.settings.probes, store.settings.dim, store.path)
 
@@ -244,10 +247,11 @@ class CandidateIndex:
         before = len(self.store.latest())
         if ids is not None:
             for start in range(0, len(ids), 1000):
-                listed = ", ".join(map(_literal, ids[start : start + 1000]))
+                listed = ", ".join(map(sql_literal, ids[start : start + 1000]))
                 self._set(self.store.latest().delete(f"{ID} IN ({listed})"))
         else:
-            self._set(self._filtered(lambda: self.store.latest().delete(str(filter))))
+            with clear_filter_errors(self.store):
+                self._set(self.store.latest().delete(str(filter)))
         return before - len(self)
 
     def compact(self, keep_versions_of: timedelta = timedelta(days=7), show_progress_bar: bool = False) -> None:
@@ -265,6 +269,7 @@ class CandidateIndex:
         filter: str | None = None,  # noqa: A002
         *,
         engine: Engine | None = None,
+        milvus: Any = None,
         neighbours: int | None = None,
         certify: bool = False,
         show_progress_bar: bool = False,
@@ -277,9 +282,11 @@ class CandidateIndex:
             top_k: How many for each; all where there are fewer.
             filter: Which to choose from: a condition on the metadata in SQL, such as `"year > 2020 AND tag = 'faq'"`.
             engine: `"exact"` scores all of them; `"ann"` those that a graph of near candidates finds, after it was made
-                once. Up to 300,000 candidates exact by default.
-            neighbours: How many each context vector looks for with `"ann"`: 64 by default, 32 where there are many.
-            certify: Have a proven answer at any rate: score all where `"ann"` could not prove its own.
+                once; `"milvus"` those that Milvus finds. Up to 300,000 candidates exact by default.
+            milvus: Where that is: `"http://host:19530"`, `"candidates.db"` for one in this process, or a
+                `pymilvus.MilvusClient`. The first search copies the candidates there, later ones what has changed.
+            neighbours: How many each context vector looks for but with `"exact"`: 64, or 32 where there are many.
+            certify: Have a proven answer at any rate: score all where the engine could not prove its own.
             show_progress_bar: Show one while files are made.
             **options: Of `encode_query`.
 
@@ -288,6 +295,7 @@ class CandidateIndex:
 
         Raises:
             ValueError: no model, a filter of wrong syntax or on a missing column, an unknown engine.
+            OSError: Milvus cannot be reached, or failed.
         """
         if self._model is None:
             raise ValueError(
@@ -301,6 +309,7 @@ class CandidateIndex:
             filter,
             scale=self._model.scale,
             engine=engine,
+            milvus=milvus,
             neighbours=neighbours,
             certify=certify,
             show_progress_bar=show_progress_bar,
@@ -315,23 +324,33 @@ class CandidateIndex:
         *,
         scale: float,
         engine: Engine | None = None,
+        milvus: Any = None,
         neighbours: int | None = None,
         certify: bool = False,
         show_progress_bar: bool = False,
     ) -> list[Hits]:
         """As `search`, for `(n, m, dim)` context vectors and a model's `final_scale`."""
-        if engine not in (None, "exact", "ann"):
-            raise ValueError(f"engine is 'exact' or 'ann', not {engine!r}.")
+        if engine not in (None, "exact", "ann", "milvus"):
+            raise ValueError(f"engine is 'exact', 'ann' or 'milvus', not {engine!r}.")
+        if engine == "milvus" and milvus is None:
+            raise ValueError("engine='milvus' needs milvus=: a server's address, or a file name that ends in .db.")
+        if engine is None:
+            engine = "milvus" if milvus is not None else "exact" if len(self) <= EXACT_UP_TO else "ann"
         k = checked_count(top_k, "top_k", least=0) or 0
-        wanted = checked_count(neighbours, "neighbours")
-        # A graph proves nothing: a proof takes all of them.
-        approximate = (engine or ("exact" if len(self) <= EXACT_UP_TO else "ann")) == "ann" and not certify
+        given: dict[str, Any] = {"scale": scale, "condition": filter}
+        given["neighbours"] = checked_count(neighbours, "neighbours")
+        if engine == "milvus" and not certify:
+            if milvus not in self._mirrors:
+                self._mirrors[milvus] = MilvusMirror(self.store, milvus)
+            mirror = self._mirrors[milvus]
+            mirror.renew(self.store, show_progress_bar)
+            return mirror.search(self.store, _tensor(contexts), k, **given)
+        approximate = engine == "ann" and not certify  # a graph proves nothing: a proof takes all of them
         if self._view is None or (approximate and not self._view.has_graph):
             self._view = View(self.store, approximate, show_progress_bar)
-        view = self._view
-        given: dict[str, Any] = {"condition": filter, "approximate": approximate, "neighbours": wanted}
-        found = self._filtered(lambda: view.search(_tensor(contexts), k, scale=scale, **given))
-        return view.hits(found)
+        with clear_filter_errors(self.store):
+            found = self._view.search(_tensor(contexts), k, approximate=approximate, **given)
+        return self._view.hits(found)
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: Any = None) -> str:
         """Upload it as a data set, with a card; derived files stay here. Returns the address."""
@@ -341,18 +360,6 @@ class CandidateIndex:
 
     def _set(self, store: LanceStore) -> None:
         self.store, self._view = store, None
-
-    def _filtered(self, run: Any) -> Any:
-        """Run what has a condition of the user's in it, with clear errors."""
-        try:
-            return run()
-        except (ValueError, OSError) as error:
-            if any(sign in str(error) for sign in ("Invalid user input", "SQL", "sql", "No field")):
-                raise ValueError(
-                    f"The filter cannot be read: {first_line(error)}. It is a condition in SQL on the columns "
-                    f"{', '.join([ID, TEXT, *self.store.metadata_columns])}, such as {ID} = 'a' AND {TEXT} LIKE 'W%'."
-                ) from error
-            raise
 
     def _write(
         self, batches: Any, candidates: Any, batch_size: int, show_progress_bar: bool, replace: bool = True
@@ -375,13 +382,6 @@ class CandidateIndex:
             raise
         self._set(store)
         return written
-
-
-def _literal(value: Any) -> str:
-    """An id in SQL."""
-    if isinstance(value, bool) or not isinstance(value, str | int | np.integer):
-        raise TypeError(f"{value!r} is no id; ids are texts or whole numbers.")
-    return "'" + value.replace("'", "''") + "'" if isinstance(value, str) else str(value)
 
 
 def _size(path: Path) -> int:

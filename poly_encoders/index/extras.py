@@ -3,7 +3,8 @@
 import importlib
 from typing import Any
 
-PACKAGES = {"lance": "pylance", "faiss": "faiss-cpu"}
+EXTRAS = {"lance": "index", "faiss": "index", "pymilvus": "milvus", "ray": "ray"}
+PACKAGES = {"lance": "pylance", "faiss": "faiss-cpu"}  # where they are called otherwise than their modules
 
 
 def needs(module: str) -> Any:
@@ -15,4 +16,5 @@ def needs(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ImportError(f"This needs {PACKAGES[module]}: pip install 'poly-encoders[index]'.") from error
+        package = PACKAGES.get(module, module)
+        raise ImportError(f"This needs {package}: pip install 'poly-encoders[{EXTRAS[module]}]'.") from error

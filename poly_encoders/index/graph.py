@@ -33,13 +33,18 @@ class Graph:
         `where`, `(n,)` booleans, says which to choose from.
         """
         faiss = needs("faiss")
-        wanted = max(k, neighbours or (NEIGHBOURS if len(context) <= MANY else NEIGHBOURS // 2))
+        wanted = neighbours_of(len(context), k, neighbours)
         options = faiss.SearchParametersHNSW(efSearch=2 * wanted)
         if where is not None:
             bits = np.packbits(where, bitorder="little")
             options.sel = faiss.IDSelectorBitmap(bits)
         found = self._index.search(np.ascontiguousarray(context), wanted, params=options)[1]
         return np.unique(found[found >= 0])
+
+
+def neighbours_of(vectors: int, k: int, wanted: int | None) -> int:
+    """How many each of a context's vectors looks for."""
+    return max(k, wanted or (NEIGHBOURS if vectors <= MANY else NEIGHBOURS // 2))
 
 
 def build_graph(vectors: np.ndarray, path: Path, show_progress_bar: bool = False) -> None:

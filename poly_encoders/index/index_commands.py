@@ -78,7 +78,10 @@ def search(
     turns: Annotated[list[str], typer.Argument(help="The context: a text, or its turns, oldest first.")],
     top_k: Annotated[int, typer.Option(min=1, help="How many.")] = 10,
     where: Annotated[str | None, typer.Option(help="Only those that meet this condition in SQL.")] = None,
-    engine: Annotated[str | None, typer.Option(help="exact or ann; exact for up to 300,000 if left out.")] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="exact, ann or milvus; exact for up to 300,000 if left out.")
+    ] = None,
+    milvus: Annotated[str | None, typer.Option(help="Search in Milvus: its address, or a file name in .db.")] = None,
     certify: Annotated[bool, typer.Option(help="A proven answer at any rate.")] = False,
     model: Model = None,
     device: Device = None,
@@ -86,8 +89,8 @@ def search(
     """The best candidates for a context."""
     with clear_errors(device):
         opened = _opened(index, model, device)
-        chosen: Any = engine
-        [hits] = opened.search([turns], top_k, where, engine=chosen, certify=certify, show_progress_bar=True)
+        chosen: Any = {"engine": engine, "milvus": milvus, "certify": certify}
+        [hits] = opened.search([turns], top_k, where, show_progress_bar=True, **chosen)
         table = Table("score", "id", "text", *opened.store.metadata_columns)
         for hit in hits:
             rest = (str(hit[name]) for name in opened.store.metadata_columns)

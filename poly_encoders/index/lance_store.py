@@ -182,6 +182,13 @@ class LanceStore:
         scan = self.dataset.scanner(columns=[], filter=condition, with_row_id=True)
         return scan.to_table()["_rowid"].to_numpy()
 
+    def refuse_unreadable(self, condition: str) -> None:
+        """
+        Raises:
+            ValueError: a condition of wrong syntax or on a missing column.
+        """
+        self.dataset.scanner(columns=[], filter=condition, with_row_id=True).explain_plan()
+
     def hashes(self) -> dict[Any, int]:
         """What identifies the rows' content, by id."""
         table = self.dataset.to_table(columns=[ID, ROW_HASH])
@@ -198,11 +205,26 @@ class LanceStore:
             ValueError: a vector is not as it was written.
         """
         for found, batch in self._scan([ID, VECTOR, VECTOR_CHECK], row_ids):
-            vectors = as_array(batch[VECTOR])
-            good = vector_checks(vectors) == batch[VECTOR_CHECK].to_numpy()
-            if not good.all():
-                raise ValueError(self.damaged(f"the vector of {batch[ID][int(good.argmin())].as_py()!r}"))
-            yield found, vectors
+            yield found, self._checked_vectors(batch)
+
+    def whole(self, row_ids: np.ndarray) -> Iterator[tuple[pa.RecordBatch, np.ndarray]]:
+        """As `rows`, with their vectors.
+
+        Raises:
+            ValueError: a row or a vector is not as it was written.
+        """
+        columns = [ID, TEXT, *self.metadata_columns, ROW_HASH]
+        for _, batch in self._scan([*columns, VECTOR, VECTOR_CHECK], row_ids):
+            rows = batch.select(columns)
+            self.checked(rows.to_pylist())
+            yield rows, self._checked_vectors(batch)
+
+    def _checked_vectors(self, batch: pa.RecordBatch) -> np.ndarray:
+        vectors = as_array(batch[VECTOR])
+        good = vector_checks(vectors) == batch[VECTOR_CHECK].to_numpy()
+        if not good.all():
+            raise ValueError(self.damaged(f"the vector of {batch[ID][int(good.argmin())].as_py()!r}"))
+        return vectors
 
     def _scan(self, columns: list[str], row_ids: np.ndarray | None) -> Iterator[tuple[np.ndarray, pa.RecordBatch]]:
         """Only the files that hold some of the rows are read."""

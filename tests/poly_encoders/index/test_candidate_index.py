@@ -1,4 +1,4 @@
-"""An index against scoring everything: what a user builds, changes and searches."""
+"""An index against scoring everything: what a user builds and opens. test_engines.py has how it is searched."""
 
 import json
 from unittest import mock
@@ -10,55 +10,9 @@ import torch
 
 from index_rows import CONTEXTS, assert_found, expected, rows_of, texts_of
 from poly_encoders import BiEncoder, CrossEncoder, PolyEncoder
-from poly_encoders.index import CandidateIndex, candidate_index, row_batches, view
+from poly_encoders.index import CandidateIndex, candidate_index, row_batches
 
 lance = pytest.importorskip("lance")
-
-
-def test_search_finds_what_scoring_everything_does(index, poly_encoder):
-    rows = rows_of(60)
-    answers = index.search(CONTEXTS, top_k=5)
-    assert_found(answers, expected(poly_encoder, rows))
-    by_id = {row["id"]: row for row in rows}
-    for hit in (hit for hits in answers for hit in hits):
-        assert hit.keys() == {"id", "score", "text", "year"}
-        assert {name: hit[name] for name in ("id", "text", "year")} == by_id[hit["id"]]
-    assert len(index) == 60
-    assert index.search("hello there", top_k=2) == index.search(["hello there"], top_k=2)[0]
-    assert index.search([], top_k=3) == []
-    assert [len(hits) for hits in index.search(CONTEXTS, top_k=100)] == [60] * 3
-    assert index.search(CONTEXTS, top_k=0) == [[], [], []]
-
-
-@pytest.mark.parametrize("engine", ["exact", "ann"])
-def test_all_changes_and_files_give_the_same_as_a_new_index(index, poly_encoder, in_files, engine):
-    rows = {row["id"]: row for row in rows_of(60)}
-    options = {"engine": engine, "neighbours": 1000}
-
-    def agrees():
-        found = index.search(CONTEXTS, top_k=5, **options)
-        assert_found(found, expected(poly_encoder, [*rows.values()]), proven=engine == "exact")
-        again = CandidateIndex.load(index.store.path, poly_encoder)
-        assert again.search(CONTEXTS, top_k=5, **options) == index.search(CONTEXTS, top_k=5, **options)
-
-    agrees()
-    more = [{"id": f"new{i}", "text": text, "year": 1999} for i, text in enumerate(texts_of(10, seed=1))]
-    with mock.patch.object(view, "IN_MEMORY", 20):  # so that these are searched beside the files
-        assert index.add(more) == 10
-        rows |= {row["id"]: row for row in more}
-        agrees()
-        gone = [f"c{i}" for i in range(0, 30, 3)]
-        assert index.delete(gone) == 10
-        rows = {id_: row for id_, row in rows.items() if id_ not in gone}
-        agrees()
-        changed = {"id": "c1", "text": "hello there how are you", "year": 2024}
-        assert index.upsert([changed]) == 1
-        rows["c1"] = changed
-        rows = {**{k: v for k, v in rows.items() if k != "c1"}, "c1": changed}
-        agrees()
-    index.compact()
-    agrees()
-    index.verify()
 
 
 def test_the_graph_finds_most_and_says_that_it_proves_nothing(poly_encoder, tmp_path, in_files):
@@ -74,29 +28,6 @@ def test_the_graph_finds_most_and_says_that_it_proves_nothing(poly_encoder, tmp_
     assert_found(answers, wanted, proven=False)
     assert_found(index.search(CONTEXTS, top_k=5, engine="ann", certify=True), wanted)
     assert [len(hits) for hits in index.search(CONTEXTS, top_k=300, engine="ann")] == [300] * 3
-
-
-@pytest.mark.parametrize(
-    "condition", ["year = 2003", "year > 2004 AND text LIKE '%film%'", "id IN ('c3', 'c5')", "year = 1"]
-)
-@pytest.mark.parametrize("engine", ["exact", "ann"])
-def test_filters(index, poly_encoder, in_files, condition, engine):
-    keep = {
-        "year = 2003": lambda row: row["year"] == 2003,
-        "year > 2004 AND text LIKE '%film%'": lambda row: row["year"] > 2004 and "film" in row["text"],
-        "id IN ('c3', 'c5')": lambda row: row["id"] in ("c3", "c5"),
-        "year = 1": lambda row: False,
-    }[condition]
-    extra = {"id": "late", "text": "film of the evening", "year": 2005}
-    index.search(CONTEXTS, engine=engine)  # files first
-    with mock.patch.object(view, "IN_MEMORY", 20):
-        index.add([extra])
-        answers = index.search(CONTEXTS, top_k=5, filter=condition, engine=engine, neighbours=1000)
-    mine = [row for row in [*rows_of(60), extra] if keep(row)]
-    wanted = expected(poly_encoder, mine) if mine else [[], [], []]
-    for hits, pairs in zip(answers, wanted, strict=True):
-        assert [hit["id"] for hit in hits] == [id_ for id_, _ in pairs]
-        assert hits.proven or (engine == "ann" and len(mine) > 5)
 
 
 def test_a_second_build_encodes_what_is_new_or_changed(index, poly_encoder):

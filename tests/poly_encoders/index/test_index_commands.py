@@ -1,5 +1,6 @@
 """`poly-encoders index`, as a user types it."""
 
+import importlib.util
 import json
 
 import pytest
@@ -27,6 +28,9 @@ def test_an_index_from_beginning_to_end(poly_encoder, tmp_path):
     assert "Proven" in found
     assert sum(text in found for text in texts) == 2
     assert "tag" in found
+    if importlib.util.find_spec("pymilvus"):
+        again = run("search", index, "how are you", "fine thanks", "--top-k", 2, "--milvus", tmp_path / "milvus.db")
+        assert again[again.index("score") :] == found[found.index("score") :]
     more = tmp_path / "more.jsonl"
     more.write_text(json.dumps({"id": 9, "text": "late", "tag": 1}) + "\n")
     assert "1 new or changed; 5 candidates" in run("add", index, more, "--model", model)

@@ -7,7 +7,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from index_rows import CONTEXTS, assert_found, expected, rows_of, texts_of
+from index_rows import CONTEXTS, assert_found, expected, rows_of
 from poly_encoders.index import CandidateIndex, lance_store, view
 
 lance = pytest.importorskip("lance")
@@ -71,15 +71,6 @@ def test_vectors_that_are_none(tmp_path, vectors, ids, error, message):
     assert len(CandidateIndex.from_vectors(good, path=tmp_path / "index", show_progress_bar=False)) == 3
 
 
-@pytest.mark.parametrize("condition", ["nothing = 3", "year = = 2", "year"])
-def test_filters_that_cannot_be_read(index, condition):
-    with pytest.raises(ValueError, match=r"filter cannot be read.*year"):
-        index.search(CONTEXTS, filter=condition)
-    with pytest.raises(ValueError, match="filter cannot be read"):
-        index.delete(filter=condition)
-    assert len(index) == 60
-
-
 def test_what_is_asked_wrongly(index, tmp_path, poly_encoder):
     for options, message in [
         ({"engine": "fast"}, "engine"),
@@ -122,21 +113,6 @@ def test_a_newer_format_and_another_table_are_refused(index, tmp_path):
         lance.write_dataset(table.replace_schema_metadata(metadata), folder / lance_store.TABLE)
         with pytest.raises(ValueError, match=message):
             CandidateIndex.load(folder)
-
-
-def test_an_emptied_index_can_be_searched_and_filled_again(index, in_files):
-    index.delete(filter="year > 0")
-    assert index.search(CONTEXTS) == [[], [], []]
-    index.add([{"id": "one", "text": "hello", "year": 3}])
-    assert [hits[0]["id"] for hits in index.search(CONTEXTS)] == ["one"] * 3
-
-
-def test_ids_of_any_spelling(poly_encoder, tmp_path):
-    ids = ["it's", '"', "a\\b", "é\n", "x'; DROP TABLE"]
-    rows = [{"id": id_, "text": text} for id_, text in zip(ids, texts_of(5), strict=True)]
-    index = CandidateIndex.build(poly_encoder, rows, tmp_path / "index", show_progress_bar=False)
-    assert index.delete(ids[:4]) == 4
-    assert [hit["id"] for hit in index.search("hello")] == [ids[4]]
 
 
 def damage(path):
