@@ -18,14 +18,16 @@ from poly_encoders.loading import load_model
 from poly_encoders.parlai import convert_parlai_checkpoint
 from poly_encoders.poly_encoder import PolyEncoder
 from poly_encoders.saving import replace_file
+from poly_encoders.serving.serve_command import serve
 from poly_encoders.tasks import TASKS, read_task
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, help="Convert, evaluate, push, index and try poly-encoders."
+    no_args_is_help=True, add_completion=False, help="Convert, evaluate, push, index, serve and try poly-encoders."
 )
 QUICKSTART_MODEL = Path("models", "quickstart-poly-encoder")  # where the quick start saves its model
 TaskName = Enum("TaskName", {name: name for name in TASKS}, type=str)  # type: ignore[misc]  # what typer makes choices of
 app.add_typer(index_app, name="index")
+app.command()(serve)
 
 
 @app.command("convert-parlai")

@@ -8,31 +8,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import gradio as gr
-import torch
 
-from poly_encoders import BiEncoder, CrossEncoder, PolyEncoder
+from poly_encoders import PolyEncoder
 from poly_encoders.demo import drawing
 from poly_encoders.demo.dialogues import EXAMPLES
+from poly_encoders.demo.wording import Model, wording
 
 MAX_TURNS, MAX_CANDIDATES, MAX_CHARACTERS = 100, 100, 20_000
-
-Model = PolyEncoder | BiEncoder | CrossEncoder
-
-KINDS = {PolyEncoder: "Poly-encoder", BiEncoder: "Bi-encoder", CrossEncoder: "Cross-encoder"}
-VECTORS = {  # kind of context vectors -> what one is of, and what they are
-    "turns": ("turn", "one for each turn, which has read the others"),
-    "learnt_codes": ("code", "one for each learnt code, which looks at some of its tokens"),
-    "turns_and_codes": ("vector", "one for each turn, and one for each learnt code, which looks at some of its tokens"),
-}
-TOKENS = ("vector", "those of some of its tokens")
-HOW = {
-    PolyEncoder: "The dialogue becomes several vectors, {}; each candidate decides which of them to listen to. "
-    "Choose a candidate in the ranking to see it.",
-    BiEncoder: "This is a Bi-encoder: one vector for the dialogue, one for the candidate, and how alike they are is "
-    "the score. Nothing in between tells which words decided, so there is no map to show.",
-    CrossEncoder: "This is a Cross-encoder: it reads the dialogue and a candidate together in all its layers. "
-    "No single place in it tells which words decided, so there is no map to show.",
-}
 
 # A click is told by the candidate's number, so that the ranking need not be drawn again and keeps the keyboard's focus.
 CHOOSE = """
@@ -67,15 +49,7 @@ class Demo:
     """What the page does, for one model of any of the three kinds."""
 
     def __init__(self, model: Model) -> None:
-        self.model = model
-        self.kind = next(kind for kind in KINDS if isinstance(model, kind))
-        self.vector, what = TOKENS
-        if isinstance(model, PolyEncoder):
-            self.vector, what = VECTORS.get(model[0].config.context_vectors, TOKENS)
-            with torch.no_grad():
-                share = float(model[0].model.last_turn_share)
-            what += f" ({share:.0%} of each is the last turn's)" if share else ""
-        self.how = HOW[self.kind].format(what)
+        self.model, self.words = model, wording(model)
 
     def rank(self, dialogue: list[str], candidates: list[str]) -> list[dict[str, Any]]:
         """Rank candidates for a dialogue, its turns oldest first; corpus_id, score and text of each, best first."""
@@ -112,10 +86,10 @@ class Demo:
         if ranked is None:
             return ""
         if not isinstance(self.model, PolyEncoder):
-            return f'<p class="pe-hint">{drawing.shown(self.how)}</p>'
+            return f'<p class="pe-hint">{drawing.shown(self.words.how)}</p>'
         candidate = ranked.candidates[ranked.chosen]
         why = self.model.explain(ranked.turns, candidate)
-        return drawing.explanation(why, candidate, self.vector, all_vectors)
+        return drawing.explanation(why, candidate, self.words.vector, all_vectors)
 
 
 def lines(text: str | None) -> list[str]:
@@ -151,7 +125,7 @@ def build(model: Model, name: str) -> gr.Blocks:
     with gr.Blocks(title=f"{name} · poly-encoders", analytics_enabled=False) as page:
         ranked = gr.State()
         _html(
-            f'<header class="pe-header"><h1>What comes next?</h1><p>{KINDS[demo.kind]} '
+            f'<header class="pe-header"><h1>What comes next?</h1><p>{demo.words.kind} '
             f"<code>{drawing.shown(name)}</code> ranks what could be said next in a dialogue.</p></header>"
         )
         with gr.Row(elem_classes="pe-buttons"):
@@ -175,7 +149,7 @@ def build(model: Model, name: str) -> gr.Blocks:
                 _html('<h2 class="pe-title">Ranking</h2>')
                 bars = _html(elem_id="bars", js_on_load=CHOOSE)
         with gr.Column(visible=explains):
-            _html(f'<h2 class="pe-title">Why?</h2><p class="pe-hint">{drawing.shown(demo.how)}</p>')
+            _html(f'<h2 class="pe-title">Why?</h2><p class="pe-hint">{drawing.shown(demo.words.how)}</p>')
             all_vectors = gr.Checkbox(label="Show all of them, not only those that decided most", elem_id="all-vectors")
         why = _html(elem_id="why")
 
