@@ -14,12 +14,14 @@ from tqdm.auto import tqdm
 
 from poly_encoders.index.derived_files import FOLDER, damaged_files, newest_derived
 from poly_encoders.index.encoding import IndexModel
+from poly_encoders.index.extras import needs
 from poly_encoders.index.filters import clear_filter_errors, sql_literal
 from poly_encoders.index.given_vectors import given_batches
 from poly_encoders.index.index_hub import download, push
-from poly_encoders.index.index_writer import conforming, encode_into, stored_rows
+from poly_encoders.index.index_writer import conforming, encode_here, encode_into, stored_rows
 from poly_encoders.index.lance_store import ID, TABLE, IndexSettings, LanceStore, first_line
 from poly_encoders.index.milvus import MilvusMirror
+from poly_encoders.index.ray_encoding import encode_in_ray
 from poly_encoders.index.row_batches import row_batches
 from poly_encoders.index.view import Hits, View
 from poly_encoders.modeling.text_poly_encoder import checked_count
@@ -60,6 +62,7 @@ class CandidateIndex:
         dtype: Literal["float16", "float32"] = "float16",
         batch_size: int = 32,
         show_progress_bar: bool = True,
+        ray: bool = False,
     ) -> "CandidateIndex":
         """Encode candidates into a new index, or into one that is there: only what is new or has changed.
 
@@ -72,12 +75,15 @@ class CandidateIndex:
             dtype: What vectors are stored in.
             batch_size: As in `encode`.
             show_progress_bar: Show one, with the rate.
+            ray: Encode on a Ray cluster: that of `ray.init`, if it was called.
 
         Raises:
             TypeError, ValueError: what is no candidate, duplicate ids, empty texts, another model's index.
             OSError: a folder that cannot be written, a full disk; what was committed before stays.
         """
         encoder = IndexModel(model)
+        if ray:
+            needs("ray")  # before anything is made
         if dtype not in ("float16", "float32"):
             raise ValueError(f"dtype is 'float16' or 'float32', not {dtype!r}.")
         batches = row_batches(candidates)
@@ -91,7 +97,8 @@ class CandidateIndex:
             index = cls(LanceStore.create(path, first.schema, settings, encoder.folder))
             index._model = encoder
             batches = chain([first], batches)
-        index._write(batches, candidates, batch_size, show_progress_bar)
+        options: dict[str, Any] = {"batch_size": batch_size, "show_progress_bar": show_progress_bar}
+        index._write(batches, candidates, encode=encode_in_ray if ray else encode_here, **options)
         return index
 
     @classmethod
@@ -223,11 +230,13 @@ class CandidateIndex:
         Raises:
             ValueError: an id is there with another text or metadata; `upsert` replaces it. Batches before it are added.
         """
-        return self._write(row_batches(candidates), candidates, batch_size, show_progress_bar, replace=False)
+        options: dict[str, Any] = {"batch_size": batch_size, "show_progress_bar": show_progress_bar}
+        return self._write(row_batches(candidates), candidates, replace=False, **options)
 
     def upsert(self, candidates: Any, *, batch_size: int = 32, show_progress_bar: bool = False) -> int:
         """Add candidates in place of those of the same ids. Returns how many were new or changed."""
-        return self._write(row_batches(candidates), candidates, batch_size, show_progress_bar)
+        options: dict[str, Any] = {"batch_size": batch_size, "show_progress_bar": show_progress_bar}
+        return self._write(row_batches(candidates), candidates, **options)
 
     def delete(
         self,
@@ -361,22 +370,13 @@ class CandidateIndex:
     def _set(self, store: LanceStore) -> None:
         self.store, self._view = store, None
 
-    def _write(
-        self, batches: Any, candidates: Any, batch_size: int, show_progress_bar: bool, replace: bool = True
-    ) -> int:
+    def _write(self, batches: Any, candidates: Any, **options: Any) -> int:
         if self._model is None:
             raise ValueError("This index was opened without a model, which is needed to encode candidates.")
         has_length = hasattr(candidates, "__len__") and not isinstance(candidates, str)
+        total = len(candidates) if has_length else None
         try:
-            store, written = encode_into(
-                self.store,
-                self._model,
-                batches,
-                replace=replace,
-                total=len(candidates) if has_length else None,
-                batch_size=batch_size,
-                show_progress_bar=show_progress_bar,
-            )
+            store, written = encode_into(self.store, self._model, batches, total=total, **options)
         except BaseException:
             self.refresh()  # what was committed before stays
             raise

@@ -30,13 +30,14 @@ def build(
     index: Folder,
     float32: Annotated[bool, typer.Option(help="Store vectors in float32, not float16.")] = False,
     batch_size: BatchSize = 32,
+    ray: Annotated[bool, typer.Option(help="Encode on a Ray cluster: that of RAY_ADDRESS, or one here.")] = False,
     device: Device = None,
 ) -> None:
     """Encode candidates into an index. Run it again after a kill, or when some have changed: it encodes only those."""
     with clear_errors(device):
         dtype: Any = "float32" if float32 else "float16"
         loaded: Any = load_model(model, device=device)
-        built = CandidateIndex.build(loaded, candidates, index, dtype=dtype, batch_size=batch_size)
+        built = CandidateIndex.build(loaded, candidates, index, dtype=dtype, batch_size=batch_size, ray=ray)
         console.print(f"[green]{len(built):,} candidates in[/] {escape(str(index))}")
 
 

@@ -1,6 +1,7 @@
 """From batches of rows to commits: columns and types of the index, vectors, checksums; only what is new or changed."""
 
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -20,15 +21,42 @@ from poly_encoders.index.lance_store import (
 )
 
 
+class Unencoded(NamedTuple):
+    """What is new or changed of a batch of rows, and how many rows were read for it."""
+
+    changed: pa.Table
+    read: int
+
+
+class Encoded(NamedTuple):
+    """The same with `(r, dim)` vectors; `None` for no rows."""
+
+    changed: pa.Table
+    read: int
+    vectors: np.ndarray | None
+
+
+Encode = Callable[[IndexModel, Iterator[Unencoded], int], Iterator[Encoded]]
+
+
+def encode_here(model: IndexModel, batches: Iterator[Unencoded], batch_size: int) -> Iterator[Encoded]:
+    """Batches with their vectors."""
+    for batch in batches:
+        texts = batch.changed[TEXT].to_pylist()
+        vectors = model.candidates(texts, batch_size=batch_size, show_progress_bar=False) if texts else None
+        yield Encoded(*batch, vectors)
+
+
 def encode_into(
     store: LanceStore,
     model: IndexModel,
     batches: Any,
     *,
-    replace: bool,
     total: int | None,
     batch_size: int,
     show_progress_bar: bool,
+    replace: bool = True,
+    encode: Encode = encode_here,
 ) -> tuple[LanceStore, int]:
     """Encode and commit what is not in the store, batch by batch; the store after it, and how many rows.
 
@@ -36,23 +64,25 @@ def encode_into(
         ValueError: without `replace`, a row is there with another text or metadata.
     """
     store, written = store.latest(), 0
-    known = store.hashes()
     with tqdm(total=total, desc="Encoding", unit="candidate", disable=not show_progress_bar) as bar:
-        for batch in batches:
-            rows = conforming(store, batch)
-            ids, hashes = rows[ID].to_pylist(), rows[ROW_HASH].to_pylist()
-            new = [known.get(id_) != mark for id_, mark in zip(ids, hashes, strict=True)]
-            clashes = [id_ for id_, differs in zip(ids, new, strict=True) if differs and id_ in known]
-            if clashes and not replace:
-                raise ValueError(f"{clashes[0]!r} is in the index with another text or metadata; upsert replaces it.")
-            if any(new):
-                changed = rows.filter(pa.array(new))
-                texts = changed[TEXT].to_pylist()
-                vectors = model.candidates(texts, batch_size=batch_size, show_progress_bar=False)
+        for changed, read, vectors in encode(model, _changed_rows(store, batches, replace), batch_size):
+            if vectors is not None:
                 store = store.upsert(stored_rows(store, changed, vectors), replace)
                 written += len(changed)
-            bar.update(len(rows))
+            bar.update(read)
     return store, written
+
+
+def _changed_rows(store: LanceStore, batches: Any, replace: bool) -> Iterator[Unencoded]:
+    known = store.hashes()
+    for batch in batches:
+        rows = conforming(store, batch)
+        ids, hashes = rows[ID].to_pylist(), rows[ROW_HASH].to_pylist()
+        new = [known.get(id_) != mark for id_, mark in zip(ids, hashes, strict=True)]
+        clashes = [id_ for id_, differs in zip(ids, new, strict=True) if differs and id_ in known]
+        if clashes and not replace:
+            raise ValueError(f"{clashes[0]!r} is in the index with another text or metadata; upsert replaces it.")
+        yield Unencoded(rows.filter(pa.array(new)), len(rows))
 
 
 def conforming(store: LanceStore, table: pa.Table) -> pa.Table:

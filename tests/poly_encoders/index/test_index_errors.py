@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from unittest import mock
 
 import numpy as np
@@ -97,6 +98,9 @@ def test_what_is_asked_wrongly(index, tmp_path, poly_encoder):
         CandidateIndex.load(index.store.path, version=99)
     with pytest.raises(ValueError, match="dtype"):
         CandidateIndex.build(poly_encoder, ["a"], tmp_path / "x", dtype="int8")
+    with mock.patch.dict(sys.modules, ray=None), pytest.raises(ImportError, match=r"poly-encoders\[ray\]"):
+        CandidateIndex.build(poly_encoder, ["a"], tmp_path / "x", ray=True)
+    assert not (tmp_path / "x").exists()
     wide = np.ones((2, 4), dtype=np.float32)
     with pytest.raises(ValueError, match="4 wide"):
         CandidateIndex.from_vectors(wide, path=tmp_path / "y", model=poly_encoder)
