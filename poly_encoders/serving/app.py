@@ -43,15 +43,13 @@ def create_app(options: ServeOptions, model: PolyEncoder | BiEncoder | CrossEnco
         OSError, ValueError: there is no such model or index, or the index is of another model.
     """
     model = load_model(options.model, device=options.device) if model is None else model
+    service = Service(model, options)
+    index = None if options.index is None else ServedIndex(options.index, model)
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
-        app.state.service = service = Service(model, options)
-        app.state.index = None if options.index is None else ServedIndex(options.index, model)
         service.batcher.start()
-        app.state.ending = False
         yield
-        app.state.ending = True
         await service.batcher.stop()
 
     app = FastAPI(
@@ -61,15 +59,13 @@ def create_app(options: ServeOptions, model: PolyEncoder | BiEncoder | CrossEnco
         lifespan=life,
     )
     app.state.name = Path(options.model).name if Path(options.model).is_dir() else options.model
-    app.state.service, app.state.index, app.state.ending = None, None, False
+    app.state.service, app.state.index = service, index
     for module in ROUTERS:
         app.include_router(module.router)
     app.add_exception_handler(RequestError, _answer)
     app.add_exception_handler(HTTPException, _answer_http)
     paths = {route.path for module in ROUTERS for route in module.router.routes}
-    app.add_middleware(
-        RequestGuard, options=options, metrics=lambda: getattr(app.state.service, "metrics", None), paths=paths
-    )
+    app.add_middleware(RequestGuard, options=options, metrics=service.metrics, paths=paths)
     return app
 
 

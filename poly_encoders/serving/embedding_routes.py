@@ -9,7 +9,6 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from poly_encoders.ranker import Task
 from poly_encoders.serving.request_errors import InvalidRequestError
 from poly_encoders.serving.request_forms import Embed, Embeddings, Similarity, checked, described, read_form, read_json
 from poly_encoders.serving.rerank_routes import refuse_cut, service_of, similar
@@ -38,7 +37,7 @@ async def task(request: Request) -> JSONResponse:
 async def _embedded(service: Service, form: Embed) -> JSONResponse:
     is_query = form.prompt_name in QUERIES
     name = None if is_query or form.prompt_name in ("document", "passage") else form.prompt_name
-    vectors, cost = await _vectors(service, form.inputs, "query" if is_query else "document", name, form.dimensions)
+    vectors, cost = await _vectors(service, form.inputs, "inputs", is_query, form.dimensions, name)
     refuse_cut(cost, form.truncate)
     if form.normalize:
         vectors = torch.nn.functional.normalize(vectors, dim=-1)
@@ -50,9 +49,7 @@ async def _embedded(service: Service, form: Embed) -> JSONResponse:
 async def embeddings(request: Request) -> JSONResponse:
     """As OpenAI has it: of candidates, or with `input_type` "query" of contexts."""
     service, form = service_of(request), await read_form(request, Embeddings)
-    vectors, cost = await _vectors(
-        service, form.input, "query" if form.input_type in QUERIES else "document", None, form.dimensions
-    )
+    vectors, cost = await _vectors(service, form.input, "input", form.input_type in QUERIES, form.dimensions)
     rows: list[Any] = vectors.tolist()
     if form.encoding_format == "base64":
         rows = [base64.b64encode(row.numpy().tobytes()).decode() for row in vectors]
@@ -66,7 +63,12 @@ async def embeddings(request: Request) -> JSONResponse:
 
 
 async def _vectors(
-    service: Service, inputs: str | Sequence[Any], side: Task, prompt_name: str | None, dimensions: int | None
+    service: Service,
+    inputs: str | Sequence[Any],
+    what: str,
+    is_query: bool,
+    dimensions: int | None,
+    prompt: str | None = None,
 ) -> tuple[torch.Tensor, Cost]:
     """Vectors `(n, dim)` of one side's texts.
 
@@ -76,17 +78,17 @@ async def _vectors(
     many = [inputs] if isinstance(inputs, str) else inputs
     if not many:
         raise InvalidRequestError("There are no texts to encode.")
-    if side == "query" and service.context_vectors > 1:
+    if is_query and service.context_vectors > 1:
         raise InvalidRequestError(
             f"A context has {service.context_vectors} vectors in this Poly-encoder, and no single one. Ask /rerank or "
             "/score with the context itself, or /search where there is an index; encode only candidates here."
         )
-    if side == "query":
-        service.check_number(len(many), "inputs")
-        texts = [service.context(one, f"inputs[{place}]") for place, one in enumerate(many)]
+    if is_query:
+        service.check_number(len(many), what)
+        texts = [service.context(one, f"{what}[{place}]") for place, one in enumerate(many)]
     else:
-        texts = service.candidates(many, "inputs")
-    vectors, cost = await service.embed(texts, side, prompt_name)
+        texts = service.candidates(many, what)
+    vectors, cost = await service.embed(texts, "query" if is_query else "document", prompt)
     if dimensions not in (None, width := vectors.shape[-1]):
         raise InvalidRequestError(f"This model's vectors are {width} wide, not {dimensions}. Leave dimensions out.")
     return vectors, cost

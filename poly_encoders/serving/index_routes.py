@@ -41,7 +41,8 @@ async def answered(work: Any) -> Any:
     try:
         return await work
     except (TypeError, ValueError) as error:
-        raise InvalidRequestError(str(error)) from None
+        said = str(error).replace("upsert replaces it", "PUT /candidates replaces it")
+        raise InvalidRequestError(said) from None
 
 
 @router.post("/search", openapi_extra=described(Search))

@@ -85,7 +85,7 @@ class OverloadedError(RequestError):
         return {"Retry-After": str(self.retry_after)}
 
 
-_TEI_TYPES = {400: "Validation", 413: "Validation", 422: "Validation", 429: "OverloadedError", 503: "Unhealthy"}
+_TEI_TYPES = {429: "Overloaded", 500: "Backend", 503: "Unhealthy"}
 
 
 def error_answer(error: RequestError, interface: Interface) -> JSONResponse:
@@ -94,7 +94,7 @@ def error_answer(error: RequestError, interface: Interface) -> JSONResponse:
     body: dict[str, Any]
     if interface == "tei":
         status = 422 if status == 400 else status
-        body = {"error": text, "error_type": _TEI_TYPES.get(status, "Backend")}
+        body = {"error": text, "error_type": _TEI_TYPES.get(status, "Validation")}
     elif interface == "cohere":
         body = {"message": text, "detail": text}  # Cohere's clients read one, Jina's the other
     else:

@@ -26,7 +26,8 @@ from poly_encoders.serving.service_metrics import ServiceMetrics
 logger = logging.getLogger("poly_encoders.serving")
 
 OPEN = ("/health", "/ready", "/live", "/ping")  # what an orchestrator asks, without a key
-PAGE = "/"  # a GET of it has no key either: its calls have
+# What a browser gets without a key, and which holds no data: its calls have one.
+PAGES = ("/", "/page/page.js", "/page/page.css", "/page/style.css", "/docs", "/openapi.json")
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -47,7 +48,7 @@ class RequestGuard:
         paths: Those that the application has; others are counted together.
     """
 
-    def __init__(self, app: Any, options: ServeOptions, metrics: Callable[[], ServiceMetrics | None], paths: set[str]):
+    def __init__(self, app: Any, options: ServeOptions, metrics: ServiceMetrics, paths: set[str]):
         self.app, self.options, self._metrics, self._paths = app, options, metrics, paths
         self._key = None if options.api_key is None else options.api_key.encode()
 
@@ -85,7 +86,7 @@ class RequestGuard:
         self._note(scope, number, sent[0], time.perf_counter() - began, len(body))
 
     def _check_key(self, scope: Message) -> None:
-        if self._key is None or scope["path"] in OPEN or (scope["path"] == PAGE and scope["method"] == "GET"):
+        if self._key is None or scope["path"] in OPEN or (scope["path"] in PAGES and scope["method"] == "GET"):
             return
         headers = dict(scope["headers"])
         given = headers.get(b"authorization", b"")
@@ -145,8 +146,6 @@ class RequestGuard:
 
     def _note(self, scope: Message, number: str, status: int, seconds: float, size: int) -> None:
         path = scope["path"] if scope["path"] in self._paths else "other"
-        metrics = self._metrics()
-        if metrics is not None:
-            metrics.observe_request(path, status, seconds)
+        self._metrics.observe_request(path, status, seconds)
         line = {"request": number, "method": scope["method"], "path": path, "status": status}
         logger.info(json.dumps(line | {"ms": round(1000 * seconds, 1), "bytes": size}))

@@ -37,15 +37,17 @@ def service_of(request: Request) -> Service:
 def to_unit(service: Service) -> Callable[[float], float]:
     """A map of scores to 0 to 1 that keeps their order.
 
-    Of cosines `(1 + score) / 2`; of others the sigmoid of the score over the model's temperature, which is 1 but for a
-    Poly-encoder that was trained with another.
+    Of cosines `(1 + score) / 2`; of a Cross-encoder's logits the sigmoid, unless the model has one already; of other
+    dot products `(1 + z / (1 + |z|)) / 2`, z the score over the model's temperature: they may be so large that the
+    sigmoid of all of them is 1.
     """
     model = service.model
     if getattr(model, "scores_are_cosines", False):
         return lambda score: min(1.0, max(0.0, (1 + score) / 2))
-    scale = 1.0 if isinstance(model, CrossEncoder) else float(getattr(model, "final_scale", 1.0))
-    activated = isinstance(model, CrossEncoder) and type(model.activation_fn).__name__ == "Sigmoid"
-    return (lambda score: score) if activated else (lambda score: _sigmoid(score * scale))
+    if isinstance(model, CrossEncoder):
+        return (lambda score: score) if type(model.activation_fn).__name__ == "Sigmoid" else _sigmoid
+    scale = float(getattr(model, "final_scale", 1.0))
+    return lambda score: (1 + score * scale / (1 + abs(score * scale))) / 2
 
 
 def _sigmoid(x: float) -> float:

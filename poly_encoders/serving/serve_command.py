@@ -4,7 +4,10 @@ import ipaddress
 import json
 import logging
 import os
+import socket
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -61,20 +64,38 @@ def serve(
         if api_key is None and not _is_loopback(host):
             errors.print(f"[bold yellow]No API key:[/] whoever reaches {escape(host)} may use it. Set --api-key.")
         _log_lines()
-        settings: dict[str, Any] = {"host": host, "port": port, "access_log": False, "log_level": "warning"}
-        settings |= {"timeout_graceful_shutdown": GRACE, "timeout_keep_alive": 75, "server_header": False}
-        if workers == 1:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        # Bound here, because the port may be any that is free, which has to be said.
+        with socket.create_server((host, port), family=family, backlog=2048) as listening:
+            place = f"[{host}]" if ":" in host else host
+            address = f"http://{place}:{listening.getsockname()[1]}"
             with console.status(f"Loading {escape(model)} ..."):
-                app = create_app(options)
-            console.print(f"[green]Serving[/] {escape(model)} at http://{host}:{port}  (its interfaces: /docs)")
-            uvicorn.run(app, **settings)
-            return
-        threads = max(1, torch.get_num_threads() // workers)
-        os.environ |= {**options.environment(), "OMP_NUM_THREADS": str(threads)}
-        with tempfile.TemporaryDirectory(prefix="poly-encoders-metrics-") as metrics:
-            os.environ["PROMETHEUS_MULTIPROC_DIR"] = metrics
-            console.print(f"[green]Serving[/] {escape(model)} at http://{host}:{port} in {workers} processes")
-            uvicorn.run("poly_encoders.serving.app:from_environment", factory=True, workers=workers, **settings)
+                app: Any = create_app(options)  # also where workers load their own: what is wrong is said here, once
+            console.print(f"[green]Serving[/] {escape(model)} at {address}  (its interfaces: {address}/docs)")
+            with _worker_environment(options, workers):
+                uvicorn.run(
+                    app if workers == 1 else "poly_encoders.serving.app:from_environment",
+                    factory=workers > 1,
+                    workers=workers,
+                    fd=listening.fileno(),
+                    access_log=False,
+                    log_level="warning",
+                    server_header=False,
+                    timeout_keep_alive=75,
+                    timeout_graceful_shutdown=GRACE,
+                )
+
+
+@contextmanager
+def _worker_environment(options: ServeOptions, workers: int) -> Iterator[None]:
+    """What worker processes find in their environment: the options, and where they count together."""
+    if workers == 1:
+        yield
+        return
+    threads = max(1, torch.get_num_threads() // workers)
+    with tempfile.TemporaryDirectory(prefix="poly-encoders-metrics-") as metrics:
+        os.environ |= {**options.environment(), "OMP_NUM_THREADS": str(threads), "PROMETHEUS_MULTIPROC_DIR": metrics}
+        yield
 
 
 def _is_loopback(host: str) -> bool:

@@ -25,7 +25,7 @@ class ServedIndex:
         encoder = IndexModel(model)
         self.scale, self._normalize = encoder.scale, encoder.normalize
         self._writing, self._opening = asyncio.Lock(), asyncio.Lock()
-        self._seen = self._mark()
+        self._seen = 0
         self._index = CandidateIndex.load(path, model)
 
     def __len__(self) -> int:
@@ -44,11 +44,16 @@ class ServedIndex:
         return self._index
 
     async def search(self, context: Tensor, top_k: int, condition: str | None, **options: Any) -> Any:
-        """`Hits` for one context's vectors, `(m, dim)`."""
+        """`Hits` for one context's vectors, `(m, dim)` or `(dim,)`."""
         index = await self.current()
         contexts = normalize(context, dim=-1) if self._normalize else context
         [hits] = await asyncio.to_thread(
-            index.search_vectors, contexts[None], top_k, condition, scale=self.scale, **options
+            index.search_vectors,
+            contexts.reshape(1, -1, contexts.shape[-1]),
+            top_k,
+            condition,
+            scale=self.scale,
+            **options,
         )
         return hits
 

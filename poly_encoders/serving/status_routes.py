@@ -26,9 +26,8 @@ async def live() -> Response:
 @router.get("/ping")
 async def health(request: Request) -> Response:
     """The model answers as well: send requests here."""
-    service = request.app.state.service
-    if service is None or not service.batcher.is_alive or request.app.state.ending:
-        raise UnavailableError("The model does not answer, or the service is about to end.")
+    if not service_of(request).batcher.is_alive:
+        raise UnavailableError("The model's queue is not at work: the service begins or ends.")
     return Response()
 
 
