@@ -1,10 +1,13 @@
 """An index on the Hub: pushed as a data set with a card, downloaded, searched."""
 
+import json
+from datetime import timedelta
 from unittest import mock
 
 import pytest
 from huggingface_hub.errors import HfHubHTTPError
 
+from hub_client import run_python
 from poly_encoders import PolyEncoder
 from poly_encoders.hub.pushing import PushError
 from poly_encoders.index import CandidateIndex, index_hub
@@ -58,3 +61,31 @@ def test_a_push_uploads_the_table_and_a_card(poly_encoder, tmp_path):
     assert CandidateIndex.from_pretrained(str(tmp_path / "index"), poly_encoder).search("hello") == index.search(
         "hello"
     )
+
+
+SEARCH = """
+import json
+from poly_encoders import PolyEncoder
+from poly_encoders.index import CandidateIndex
+
+model = PolyEncoder("acme/poly", device="cpu")
+print(json.dumps(CandidateIndex.from_pretrained("acme/replies", model).search("hello")))
+"""
+
+
+def test_a_pushed_index_is_found_and_searched_with_an_empty_cache(poly_encoder, as_alice, tmp_path):
+    rows = [{"id": f"r{number}", "text": f"fine thanks {number}", "year": number} for number in range(20)]
+    poly_encoder.push_to_hub("acme/poly")
+    index = CandidateIndex.build(poly_encoder, rows, tmp_path / "index", show_progress_bar=False)
+    assert index.push_to_hub("acme/replies") == f"{as_alice.url}/datasets/acme/replies"
+    found = json.loads(run_python(SEARCH, hub=as_alice).splitlines()[-1])
+    assert found == index.search("hello")
+    index.delete(filter="year < 10")
+    index.compact(timedelta(0))
+    index.push_to_hub("acme/replies")
+    names = {path.relative_to(index.store.path).as_posix() for path in index.store.path.rglob("*") if path.is_file()}
+    kept = {name for name in names if name.startswith("candidates.lance/")} | {"README.md"}
+    assert as_alice.files("datasets/acme/replies").keys() == kept  # nothing of what the compaction replaced
+    found = json.loads(run_python(SEARCH, hub=as_alice).splitlines()[-1])
+    assert found == index.search("hello")
+    assert len(found) == 10

@@ -1,4 +1,4 @@
-"""The stand-in Hub's answers, and what it keeps: the part of the Hub's HTTP API that pushes and loads models."""
+"""The stand-in Hub's answers, and what it keeps: the part of its API that pushes and loads models and data sets."""
 
 import base64
 import hashlib
@@ -13,8 +13,9 @@ from urllib.parse import unquote
 
 from hub_metadata import check_card
 
-_API = r"/api/models/(?P<name>[^/]+/[^/]+)"
-_LARGE = re.compile(r".*\.(safetensors|bin|pt|pth|onnx|model)")  # stored through LFS
+_NAME = "(?P<name>(?:datasets/)?[^/]+/[^/]+"  # as in an address: of a data set with its kind
+_API = rf"/api/(?:models/|(?=datasets/)){_NAME})"
+_LARGE = re.compile(r".*\.(safetensors|bin|pt|pth|onnx|model|lance)")  # stored through LFS
 _ROUTES: list[tuple[tuple[str, ...], re.Pattern[str], Callable[..., Any]]] = []
 
 
@@ -99,6 +100,10 @@ class Repository:
         return found
 
 
+def _owner(name: str) -> str:
+    return name.removeprefix("datasets/").split("/")[0]
+
+
 def _route(methods: str, pattern: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def note(function: Callable[..., Any]) -> Callable[..., Any]:
         _ROUTES.append((tuple(methods.split()), re.compile(pattern), function))
@@ -157,7 +162,7 @@ class Routes:
             raise Refused(401, "Invalid username or password.")
         if not user.may_write:
             raise Refused(403, "Forbidden: this token is read-only, use a token with the 'write' role")
-        if name is not None and name.split("/")[0] not in (user.name, *user.organisations):
+        if name is not None and _owner(name) not in (user.name, *user.organisations):
             raise Refused(403, f"You don't have the rights to write under the namespace of {name}")
         return user
 
@@ -165,7 +170,7 @@ class Routes:
         """The repository, if this user may read it; a private one looks to others as if it were not there."""
         repository = self.repositories.get(name)
         members = () if user is None else (user.name, *user.organisations)
-        if repository is None or (repository.private and name.split("/")[0] not in members):
+        if repository is None or (repository.private and _owner(name) not in members):
             raise Refused(401 if user is None else 404, "Repository not found", "RepoNotFound")
         return repository
 
@@ -183,19 +188,27 @@ class Routes:
     def create_repository(self, request: Any) -> Any:
         asked = request.json()
         name = f"{asked.get('organization') or getattr(request.user, 'name', None)}/{asked['name']}"
+        name = f"datasets/{name}" if asked.get("type") == "dataset" else name
         user = self.writer(request.user, name)
+        made = {"url": f"{self.url}/{name}", "name": name.removeprefix("datasets/")}
         if name in self.repositories:
-            raise Refused(409, "You already created this model repo")
+            return Answer({"error": "You already created this repo", **made}, 409)
         repository = self.repositories[name] = Repository(asked.get("visibility") == "private")
         repository.add_commit("refs/heads/main", {".gitattributes": File(b"*")}, "initial commit", user.name, None)
-        return {"url": f"{self.url}/{name}", "name": name}
+        return made
 
     @_route("GET", _API + "(?:/revision/(?P<revision>[^/]+))?")
     def info(self, request: Any, name: str, revision: str | None) -> dict[str, Any]:
         repository = self.visible(request.user, name)
         commit = repository.find(revision or "main")
         files = [{"rfilename": path} for path in sorted(commit.tree)]
-        return {"id": name, "sha": commit.oid, "private": repository.private, "tags": [], "siblings": files}
+        return {
+            "id": name.removeprefix("datasets/"),
+            "sha": commit.oid,
+            "private": repository.private,
+            "tags": [],
+            "siblings": files,
+        }
 
     @_route("POST", _API + "/(?P<kind>branch|tag)/(?P<revision>[^/]+)")
     def make_ref(self, request: Any, name: str, kind: str, revision: str) -> dict[str, Any]:
@@ -218,7 +231,7 @@ class Routes:
             raise Refused(404, f"{folder} does not exist on {revision}", "EntryNotFound")
         return found
 
-    @_route("GET HEAD", "/(?P<name>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
+    @_route("GET HEAD", f"/{_NAME})/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
     def download(self, request: Any, name: str, revision: str, path: str) -> Answer:
         commit = self.visible(request.user, name).find(revision)
         if path not in commit.tree:
@@ -248,7 +261,7 @@ class Routes:
             found.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False, "oid": oid})
         return {"files": found}
 
-    @_route("POST", r"/(?P<name>[^/]+/[^/]+?)\.git/info/lfs/objects/(?P<what>batch|verify)")
+    @_route("POST", rf"/{_NAME}?)\.git/info/lfs/objects/(?P<what>batch|verify)")
     def lfs(self, request: Any, name: str, what: str) -> dict[str, Any]:
         """Where to send each object (nowhere, where it was uploaded before), and whether it came."""
         objects, asked = self.visible(request.user, name).objects, request.json()
