@@ -32,6 +32,7 @@ class TeiRerank(Form):
     truncate: bool | None = None
     raw_scores: bool | None = None
     return_text: bool | None = None
+    top_n: int | None = Field(None, ge=0, description="Not the original's, but some of its clients send it.")
 
 
 class Rerank(Form):

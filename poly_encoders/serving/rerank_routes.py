@@ -80,7 +80,9 @@ async def _tei_ranked(service: Service, form: TeiRerank) -> JSONResponse:
     scores, cost = await service.scores([context], texts)
     refuse_cut(cost, form.truncate)
     shown = (lambda score: score) if form.raw_scores else to_unit(service)
-    rows: list[dict[str, Any]] = [{"index": index, "score": shown(score)} for index, score in best_first(scores)]
+    rows: list[dict[str, Any]] = [
+        {"index": index, "score": shown(score)} for index, score in best_first(scores, form.top_n or None)
+    ]
     if form.return_text:
         for row in rows:
             row["text"] = texts[row["index"]]
