@@ -85,6 +85,8 @@ class MilvusMirror:
             ids, hashes = rows[ID].to_pylist(), rows[ROW_HASH].to_pylist()
             changed = [there.pop(id_, None) != mark for id_, mark in zip(ids, hashes, strict=True)]
             self._upsert(store, rows["_rowid"].to_numpy()[np.array(changed, dtype=bool)], show_progress_bar)
+            if changed.count(True) >= MOST:
+                self._client.flush(self.name)  # milvus-lite has no graph of what is not in files
             gone = [*there]
             for start in range(0, len(gone), AT_ONCE):
                 self._client.delete(self.name, filter=_among(gone[start : start + AT_ONCE]))
