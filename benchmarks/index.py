@@ -25,15 +25,17 @@ import faiss
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from measuring import machine
+from measuring import interleaved, machine
 from rich.console import Console
 from rich.table import Table
 from scoring import text_vectors
 from torch import Tensor
 
+from poly_encoders import PolyEncoder
 from poly_encoders.index import CandidateIndex
 from poly_encoders.index.graph import MANY, NEIGHBOURS
 from poly_encoders.saving import replace_file
+from poly_encoders.training.data.chitchat import chitchat_examples
 from poly_encoders.training.train import checkpoint_path
 
 K = 10
@@ -134,6 +136,21 @@ def measure(kind: str, index: CandidateIndex, contexts: Tensor, scale: float, ro
     return [{"vectors": kind, "n": len(index), **row} for row in rows]
 
 
+def build_rate(checkpoint: str, number: int) -> dict[str, Any]:
+    """Texts a second of building an index, and of encoding the same ones alone; they take turns."""
+    model = PolyEncoder(checkpoint, max_candidate_length=32)
+    texts = [*dict.fromkeys(example.response for example in chitchat_examples("train"))][:number]
+
+    def build() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            CandidateIndex.build(model, texts, folder, show_progress_bar=False)
+
+    times = interleaved({"encoder": lambda: model.encode_document(texts), "build": build}, 3)
+    found = {f"{name}_a_second": round(1000 * number / statistics.median(each), 1) for name, each in times.items()}
+    ratios = (alone / whole for alone, whole in zip(times["encoder"], times["build"], strict=True))
+    return {"texts": number, **found, "build_over_encoder": round(statistics.median(ratios), 3)}
+
+
 def show(rows: list[dict[str, Any]], title: str, console: Console) -> None:
     """One table."""
     table = Table(title=title)
@@ -189,13 +206,15 @@ def main() -> None:
     parser.add_argument("--n", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--model", default="minilm", help="a Poly-encoder, or what one is built on (%(default)s)")
     parser.add_argument("--encoded", type=int, default=20_000, help="most texts to encode (%(default)s)")
+    parser.add_argument("--kept", type=Path, help="a file for the encoded texts' vectors, read where it is there")
     parser.add_argument("--rounds", type=int, default=3, help="over the 32 contexts")
     parser.add_argument("--hnsw_up_to", type=int, default=100_000, help="a graph of a million takes ten minutes")
+    parser.add_argument("--built", type=int, default=4000, help="texts to build an index of, and to encode alone")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     console, rows, builds = Console(width=150), [], []
     with torch.no_grad():
-        kinds = [*text_vectors(checkpoint_path(options.model), max(options.n), options.encoded)]
+        kinds = [*text_vectors(checkpoint_path(options.model), max(options.n), options.encoded, options.kept)]
     vectors = kinds[0][1]
     for n in options.n:
         some = vectors[torch.randperm(len(vectors), generator=torch.manual_seed(n))[:n]]
@@ -223,8 +242,12 @@ def main() -> None:
                     found.append({"vectors": kind, "n": n, **hnsw(some, contexts[:, 0].numpy().copy(), options.rounds)})
                 show(found, f"{n:,} candidates, {kind}", console)
                 rows += found
+        rate = build_rate(checkpoint_path(options.model), options.built)
+        console.print(rate)
         peak = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-        text = json.dumps({"machine": machine(), "peak_mib": peak, "builds": builds, "rows": rows}, indent=1)
+        text = json.dumps(
+            {"machine": machine(), "peak_mib": peak, "builds": builds, "from_texts": rate, "rows": rows}, indent=1
+        )
         replace_file(options.out / "index.json", text + "\n")
         plot(rows, options.out / "index.png")
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 from measuring import interleaved, machine, peak_memory, summary
 from rich.console import Console
@@ -67,16 +68,25 @@ def random_vectors(n: int, m: int, dim: int) -> tuple[Tensor, Tensor]:
     return torch.randn(n, dim), torch.randn(CONTEXTS, m, dim)
 
 
-def text_vectors(checkpoint: str, n: int, encoded: int) -> Iterator[tuple[str, Tensor, Tensor, float]]:
-    """Kind of context vectors, candidates `(n, dim)`, contexts `(CONTEXTS, m, dim)` and the model's final scale."""
+def text_vectors(
+    checkpoint: str, n: int, encoded: int, kept: Path | None = None
+) -> Iterator[tuple[str, Tensor, Tensor, float]]:
+    """Kind of context vectors, candidates `(n, dim)`, contexts `(CONTEXTS, m, dim)` and the model's final scale.
+
+    Candidates that were encoded are in the file `kept`, or are written there.
+    """
     torch.manual_seed(0)
     replies = dict.fromkeys(example.response for example in chitchat_examples("train"))
     conversations = [example.context for example in chitchat_examples("test")[:: 6773 // CONTEXTS]][:CONTEXTS]
     lengths: dict[str, Any] = {"max_context_length": 128, "max_candidate_length": 32}
     model = PolyEncoder(checkpoint, **lengths)
-    vectors = model.encode_document(
-        [*replies][: min(n, encoded)], convert_to_tensor=True, batch_size=128, show_progress_bar=True
-    )
+    texts = [*replies][: min(n, encoded)]
+    if kept is not None and kept.is_file():
+        vectors = torch.from_numpy(np.load(kept)[: len(texts)])
+    else:
+        vectors = model.encode_document(texts, convert_to_tensor=True, batch_size=128, show_progress_bar=True)
+        if kept is not None:
+            np.save(kept, vectors)
     pairs = torch.randint(len(vectors), (max(0, n - len(vectors)), 2))
     vectors = torch.cat([vectors, torch.nn.functional.normalize(vectors[pairs].mean(dim=1), dim=1)])
     yield "turns", vectors, model.encode_query(conversations, convert_to_tensor=True), float(model.final_scale)

@@ -55,7 +55,8 @@ def plain_app(path: str, kind: str) -> Any:
 
     @app.post("/rerank")
     def rerank(body: dict[str, Any]) -> Any:
-        ranking = model.rank(body["query"], body["texts"])
+        turns = body["query"]
+        ranking = model.rank(turns if kind == "poly" else "\n".join(turns), body["texts"])
         return [{"index": int(row["corpus_id"]), "score": float(row["score"])} for row in ranking]
 
     return app
@@ -145,6 +146,8 @@ def load(port: int, requests: Requests, clients: int, seconds: float) -> dict[st
     for thread in threads:
         thread.join()
     spent = time.perf_counter() - start
+    if not times:
+        raise RuntimeError(f"No answer was a good one: {statuses}.")
     cuts = statistics.quantiles(times, n=100, method="inclusive") if len(times) > 1 else times * 99
     return {
         "p50_ms": round(cuts[49], 2),

@@ -36,9 +36,11 @@ def test_scoring_of_real_texts(tmp_path, sentence_transformer_folder):
 def test_index_writes_its_table_and_its_plot(tmp_path, sentence_transformer_folder):
     pytest.importorskip("lance")
     options = ["--model", str(sentence_transformer_folder), "--n", "60", "300", "--encoded", "40", "--rounds", "1"]
+    options += ["--built", "30", "--kept", str(tmp_path / "vectors.npy")]
     forks.run([str(BENCHMARKS / "index.py"), *options, "--out", str(tmp_path)])
     found = json.loads((tmp_path / "index.json").read_text())
     assert [build["n"] for build in found["builds"]] == [60, 300]
+    assert found["from_texts"]["build_over_encoder"] > 0
     assert {(row["vectors"], row["n"]) for row in found["rows"]} == {
         (kind, n) for kind in ("turns", "codes") for n in (60, 300)
     }
@@ -124,3 +126,14 @@ def test_quality_makes_its_tables_from_runs(tmp_path):
     assert found["trained"]["poly-turns-frozen"]["over"] == "bi-mean-cosine-frozen"
     assert found["trained"]["bi-mean-cosine-frozen"]["over"] == "bi-mean-cosine-frozen"
     assert found["trained"]["poly-turns"]["mrr"] == pytest.approx(50 + 50 / 3)
+
+
+def test_serving_writes_its_table_and_its_plot(tmp_path, sentence_transformer_folder):
+    pytest.importorskip("uvicorn")
+    options = ["--model", str(sentence_transformer_folder), "--candidates", "3", "5", "--clients", "1", "2"]
+    forks.run([str(BENCHMARKS / "serving.py"), *options, "--seconds", "0.2", "--soak", "1", "--out", str(tmp_path)])
+    found = json.loads((tmp_path / "serving.json").read_text())
+    assert len(found["rows"]) == 3 * 2 * 2 * 2
+    assert all(row["statuses"].keys() == {"200"} for row in (*found["rows"], found["soak"]))
+    assert found["soak"]["memory_mib"]
+    assert (tmp_path / "serving.png").read_bytes().startswith(b"\x89PNG")
