@@ -44,7 +44,7 @@ def create_app(options: ServeOptions, model: PolyEncoder | BiEncoder | CrossEnco
     """
     model = load_model(options.model, device=options.device) if model is None else model
     service = Service(model, options)
-    index = None if options.index is None else ServedIndex(options.index, model)
+    index = None if options.index is None else ServedIndex(options.index, model, options.milvus)
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:

@@ -50,8 +50,7 @@ async def search(request: Request) -> Response:
     """The best candidates for a context, with their texts and metadata, and whether the answer is proven."""
     index, service, form = index_of(request), service_of(request), await read_form(request, Search)
     vectors, cost = await service.embed([service.context(form.context, "context")], "query")
-    options = {"certify": form.certify, "engine": form.engine}
-    hits = await answered(index.search(vectors[0], form.top_k, form.filter, **options))
+    hits = await answered(index.search(vectors[0], form.top_k, form.filter, form.engine, form.certify))
     answer = {"results": [*hits], "proven": hits.proven, "looked_at": hits.looked_at}
     return RowsResponse(answer, headers=cost.headers())
 

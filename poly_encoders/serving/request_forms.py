@@ -154,7 +154,7 @@ class Search(Form):
     top_k: int = Field(10, ge=1, le=10_000)
     filter: str | None = Field(None, description="A condition in SQL on the candidates' columns.")
     certify: bool = Field(False, description="An answer that is proven, at any rate.")
-    engine: Literal["exact", "ann"] | None = None
+    engine: Literal["exact", "ann", "milvus"] | None = None
 
 
 class Candidates(Form):

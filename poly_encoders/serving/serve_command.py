@@ -24,6 +24,7 @@ GRACE = 30  # seconds for what was begun, when the service ends
 def serve(
     model: Annotated[str, typer.Argument(help="A saved model of any kind: a folder or a Hub id.")],
     index: Annotated[Path | None, typer.Option(help="An index of candidates, for /search and /candidates.")] = None,
+    milvus: Annotated[str | None, typer.Option(help="Search the index in this Milvus: http://host:19530.")] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for any that is free.")] = 8080,
     api_key: Annotated[
@@ -52,6 +53,7 @@ def serve(
         options = ServeOptions(
             model,
             None if index is None else str(index),
+            milvus,
             device,
             api_key,
             max_documents=max_documents,

@@ -18,6 +18,7 @@ class ServeOptions:
     Attributes:
         model: A saved model of any of the three kinds, a folder or a Hub id.
         index: The folder of an index of candidates, for /search and /candidates.
+        milvus: The address of a Milvus that the index is searched in.
         device: Where the model runs.
         api_key: What clients must send as `Authorization: Bearer ...`.
         max_documents: Of a request.
@@ -32,6 +33,7 @@ class ServeOptions:
 
     model: str
     index: str | None = None
+    milvus: str | None = None
     device: str | None = None
     api_key: str | None = field(default=None, repr=False)
     max_documents: int = 10_000

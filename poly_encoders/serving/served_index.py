@@ -18,10 +18,11 @@ class ServedIndex:
     Args:
         path: The index's folder.
         model: A Poly- or Bi-encoder that encodes candidates as those of the index were.
+        milvus: The address of a Milvus to search in, unless a search names another engine.
     """
 
-    def __init__(self, path: str, model: Any) -> None:
-        self.path, self._model = Path(path), model
+    def __init__(self, path: str, model: Any, milvus: str | None = None) -> None:
+        self.path, self._model, self._milvus = Path(path), model, milvus
         encoder = IndexModel(model)
         self.scale, self._normalize = encoder.scale, encoder.normalize
         self._writing, self._opening = asyncio.Lock(), asyncio.Lock()
@@ -39,11 +40,14 @@ class ServedIndex:
         if self._mark() != self._seen:
             async with self._opening:
                 if (mark := self._mark()) != self._seen:
-                    self._index = await asyncio.to_thread(CandidateIndex.load, self.path, self._model)
-                    self._seen = mark
+                    index = await asyncio.to_thread(CandidateIndex.load, self.path, self._model)
+                    index._mirrors = self._index._mirrors  # one connection to Milvus for all versions
+                    self._index, self._seen = index, mark
         return self._index
 
-    async def search(self, context: Tensor, top_k: int, condition: str | None, **options: Any) -> Any:
+    async def search(
+        self, context: Tensor, top_k: int, condition: str | None, engine: Any = None, certify: bool = False
+    ) -> Any:
         """`Hits` for one context's vectors, `(m, dim)` or `(dim,)`."""
         index = await self.current()
         contexts = normalize(context, dim=-1) if self._normalize else context
@@ -53,7 +57,9 @@ class ServedIndex:
             top_k,
             condition,
             scale=self.scale,
-            **options,
+            engine=engine,
+            certify=certify,
+            milvus=self._milvus,
         )
         return hits
 

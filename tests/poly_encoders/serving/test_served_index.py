@@ -91,3 +91,16 @@ def test_no_index_and_that_of_another_model(poly_encoder, codes_encoder, path, s
         serve(codes_encoder, index=path),
     ):
         pass
+
+
+def test_an_index_in_milvus(poly_encoder, path, serve, tmp_path):
+    pytest.importorskip("pymilvus")
+    with serve(poly_encoder, index=path, milvus=str(tmp_path / "served.db")) as client:
+        index = CandidateIndex.load(path, poly_encoder)
+        for body in ({"context": CONTEXTS[0]}, {"context": CONTEXTS[0], "engine": "exact"}):
+            answer = client.post("/search", json={**body, "top_k": 3}).json()
+            assert [row["id"] for row in answer["results"]] == [hit["id"] for hit in index.search([CONTEXTS[0]], 3)[0]]
+        new = {"id": "new", "text": "something else", "year": 2030}
+        assert client.post("/candidates", json={"candidates": [new]}).is_success
+        hits = client.post("/search", json={"context": "a", "filter": "year = 2030"}).json()["results"]
+        assert [hit["id"] for hit in hits] == ["new"]
