@@ -179,9 +179,11 @@ class CrossEncoder(Ranker, sentence_transformers.CrossEncoder):
             return self._resolve_prompt(prompt, prompt_name)
         return super().prompt_of(task, prompt_name, prompt)
 
-    def predict(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """As upstream's; the scores of no pairs are float32 too."""
-        scores = super().predict(inputs, *args, **kwargs)
+    def predict(
+        self, inputs: Any, prompt_name: str | None = None, prompt: str | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As upstream's, with the prompt that `rank` puts before a context; the scores of no pairs are float32 too."""
+        scores = super().predict(inputs, None, self.prompt_of("query", prompt_name, prompt), *args, **kwargs)
         return scores.astype(np.float32) if isinstance(scores, np.ndarray) and scores.size == 0 else scores
 
     def rank(

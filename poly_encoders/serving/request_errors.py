@@ -61,9 +61,15 @@ class TooLargeError(RequestError):
 
 
 class TooSlowError(RequestError):
-    """It took longer than it may, to arrive or to be answered."""
+    """It took longer to arrive than it may."""
 
     status, kind = 408, "timeout"
+
+
+class TimedOutError(RequestError):
+    """It could not be answered in time."""
+
+    status, kind = 504, "timeout"
 
 
 class UnavailableError(RequestError):
@@ -85,7 +91,7 @@ class OverloadedError(RequestError):
         return {"Retry-After": str(self.retry_after)}
 
 
-_TEI_TYPES = {429: "Overloaded", 500: "Backend", 503: "Unhealthy"}
+_TEI_TYPES = {429: "Overloaded", 500: "Backend", 504: "Backend", 503: "Unhealthy"}
 
 
 def error_answer(error: RequestError, interface: Interface) -> JSONResponse:

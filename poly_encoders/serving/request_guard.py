@@ -14,6 +14,7 @@ from typing import Any
 from poly_encoders.serving.request_errors import (
     InternalError,
     RequestError,
+    TimedOutError,
     TooLargeError,
     TooSlowError,
     UnauthorizedError,
@@ -137,7 +138,7 @@ class RequestGuard:
             elif client in done:
                 raise ClientGoneError
             else:
-                raise TooSlowError(f"No answer within {self.options.timeout:g} s. Send less, or raise --timeout.")
+                raise TimedOutError(f"No answer within {self.options.timeout:g} s. Send less, or raise --timeout.")
         finally:
             for task in (work, client):
                 task.cancel()

@@ -100,3 +100,13 @@ def test_a_checkpoint_with_two_encoders_is_refused(checkpoints, tmp_path):
     BiEncoder(checkpoints(), device="cpu").save_pretrained(str(tmp_path))
     with pytest.raises(ValueError, match="an encoder for each side"):
         CrossEncoder(str(tmp_path), device="cpu")
+
+
+def test_predict_reads_what_rank_reads(checkpoints):
+    """The prompt of the contexts' side too, so that who is evaluated by `predict` is who ranks."""
+    model = CrossEncoder(checkpoints("bert"), device="cpu", prompts={"query": "ask: ", "other": "well: "})
+    pairs = [("hello", "yes"), ("hello", "no")]
+    ranked = sorted(model.rank("hello", ["yes", "no"]), key=lambda row: row["corpus_id"])
+    assert model.predict(pairs).tolist() == pytest.approx([row["score"] for row in ranked])
+    assert model.predict(pairs, prompt="").tolist() != pytest.approx(model.predict(pairs).tolist())
+    assert model.predict(pairs, "other").tolist() == pytest.approx(model.predict(pairs, prompt="well: ").tolist())

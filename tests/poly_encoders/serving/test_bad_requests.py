@@ -254,7 +254,7 @@ def test_what_takes_too_long_is_given_up(poly_encoder, serve, monkeypatch):
             poly_encoder, "encode_query", lambda *args, **options: time.sleep(0.8) or encode(*args, **options)
         )
         answer = client.post("/rerank", json=GOOD["/rerank"])
-        assert_refused(answer, "/rerank", [408])
+        assert_refused(answer, "/rerank", [504])
         monkeypatch.undo()
         time.sleep(0.8)
         assert client.post("/rerank", json=GOOD["/rerank"]).is_success
