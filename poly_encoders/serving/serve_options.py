@@ -42,7 +42,7 @@ class ServeOptions:
     max_batch_tokens: int = 16_384
     max_waiting: int = 512
     max_waiting_tokens: int = 2_000_000
-    cache_bytes: int = 512 * 2**20
+    cache_bytes: int = 128 * 2**20
     timeout: float = 120.0
 
     def __post_init__(self) -> None:

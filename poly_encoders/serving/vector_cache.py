@@ -21,13 +21,14 @@ class VectorCache:
 
     Args:
         dim: Width of the vectors, float32.
-        max_bytes: Of vectors, texts and what finds them, about. Memory is taken as it fills up.
+        max_bytes: Of vectors, texts and what finds them, about. That of vectors is taken at once, so that it is not
+            missing later.
     """
 
     def __init__(self, dim: int, max_bytes: int) -> None:
         self._most = max_bytes // (4 * dim + ENTRY_BYTES)
         self._max_bytes, self._bytes, self._each = max_bytes, 0, 4 * dim + ENTRY_BYTES
-        self._vectors = np.empty((self._most, dim), dtype=np.float32)
+        self._vectors = np.full((self._most, dim), 0, dtype=np.float32)
         self._places: OrderedDict[Hashable, tuple[int, Read]] = OrderedDict()
         self._free: list[int] = []
         self.hits = self.misses = 0
