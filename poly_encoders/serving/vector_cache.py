@@ -31,7 +31,6 @@ class VectorCache:
         self._vectors = np.full((self._most, dim), 0, dtype=np.float32)
         self._places: OrderedDict[Hashable, tuple[int, Read]] = OrderedDict()
         self._free: list[int] = []
-        self.hits = self.misses = 0
 
     def __len__(self) -> int:
         return len(self._places)
@@ -43,8 +42,6 @@ class VectorCache:
             if (entry := self._places.get(key)) is not None:
                 places[position], found[position] = entry
                 self._places.move_to_end(key)
-        self.hits += len(found)
-        self.misses += len(keys) - len(found)
         if not found:
             return np.empty((len(keys), self._vectors.shape[1]), dtype=np.float32), found
         return self._vectors[places], found
