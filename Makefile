@@ -1,5 +1,5 @@
-# Environments, each made on first use: .venv runs things, .venv-dev has the development tools as well, .venv-floors the
-# oldest versions that pyproject.toml allows.
+# Environments, each made on first use: .venv runs things, .venv-dev has the development tools as well, .venv-clients the
+# clients of others that the service is tested with, .venv-floors the oldest versions that pyproject.toml allows.
 PYTHON ?= python3
 OLDEST_PYTHON ?= python3.11
 # The torch that the README's figures were taken with. Any later one will do: make quickstart TORCH=torch
@@ -11,7 +11,7 @@ PYTEST = -m pytest -n $(WORKERS) --dist worksteal
 CORE = tests/modeling tests/poly_encoders tests/hub tests/training/data tests/training/methods/test_lora.py \
 	tests/training/runs/test_trainers.py tests/training/test_pretrain.py tests/training/test_train.py
 
-.PHONY: quickstart compare demo benchmarks test test-slow floors check wheel clean help
+.PHONY: quickstart compare demo benchmarks test test-slow test-clients floors check wheel clean help
 
 help:
 	@echo "make quickstart   train a Poly- and a Bi-encoder on real dialogue and compare them (minutes on two CPU cores)"
@@ -20,6 +20,7 @@ help:
 	@echo "make benchmarks   time and memory of scoring, of an index and of a training step, beside their rivals"
 	@echo "make test         run the tests (minutes)"
 	@echo "make test-slow    those in a browser, from a wheel, and of runs that are killed"
+	@echo "make test-clients those in which clients of others speak to the service"
 	@echo "make floors       a core of the tests with the oldest Python and libraries that are declared"
 	@echo "make check        lint and types"
 	@echo "make wheel        build the distribution into dist/"
@@ -44,6 +45,9 @@ test: .venv-dev/.ready
 
 test-slow: .venv-dev/.ready
 	.venv-dev/bin/python $(PYTEST) -m slow
+
+test-clients: .venv-clients/.ready
+	.venv-clients/bin/python -m pytest tests/clients
 
 floors: .venv-floors/.ready
 	.venv-floors/bin/python $(PYTEST) $(CORE)
@@ -74,6 +78,14 @@ wheel: .venv-dev/.ready
 	.venv-dev/bin/python -m pip install --quiet --editable ".[dev]"
 	touch $@
 
+.venv-clients/.ready: pyproject.toml tests/clients/requirements.txt
+	$(PYTHON) -m venv .venv-clients
+	.venv-clients/bin/python -m pip install --quiet --upgrade pip
+	.venv-clients/bin/python -m pip install --quiet "$(TORCH)"
+	.venv-clients/bin/python -m pip install --quiet --editable ".[index,serve]" --requirement tests/clients/requirements.txt
+	.venv-clients/bin/python -m pip install --quiet --no-deps infinity-client==0.0.78
+	touch $@
+
 .venv-floors/.ready: pyproject.toml
 	$(OLDEST_PYTHON) -m venv .venv-floors
 	.venv-floors/bin/python -m pip install --quiet --upgrade pip
@@ -86,4 +98,4 @@ wheel: .venv-dev/.ready
 	touch $@
 
 clean:
-	rm -rf .venv .venv-dev .venv-floors build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-clients .venv-dev .venv-floors build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
