@@ -17,7 +17,7 @@ help:
 	@echo "make quickstart   train a Poly- and a Bi-encoder on real dialogue and compare them (minutes on two CPU cores)"
 	@echo "make compare      the same for all three encoders, timed"
 	@echo "make demo         a page that ranks and explains, with the quick start's model (or MODEL=path)"
-	@echo "make benchmarks   time and memory of scoring, of an index and of a training step, beside their rivals"
+	@echo "make benchmarks   time and memory of scoring, an index, a service and a training step, beside their rivals"
 	@echo "make test         run the tests (minutes)"
 	@echo "make test-slow    those in a browser, from a wheel, and of runs that are killed"
 	@echo "make test-clients those in which clients of others speak to the service"
@@ -38,6 +38,7 @@ benchmarks: .venv-dev/.ready
 	.venv-dev/bin/python benchmarks/scoring.py
 	.venv-dev/bin/python benchmarks/encoding.py
 	.venv-dev/bin/python benchmarks/index.py
+	.venv-dev/bin/python benchmarks/serving.py
 	.venv-dev/bin/python benchmarks/training.py
 
 test: .venv-dev/.ready

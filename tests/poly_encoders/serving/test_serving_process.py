@@ -68,6 +68,7 @@ def test_several_workers(saved_poly_encoder):
         (["nowhere"], "no saved model"),
         (["MODEL", "--index", "nowhere"], "Error: nowhere does not exist"),
         (["nowhere", "--workers", "2"], "no saved model"),
+        (["nowhere", "--host", "0.0.0.0"], "No API key"),
         (["MODEL", "--api-key", " "], "empty"),
         (["MODEL", "--timeout", "0"], "timeout"),
     ],
