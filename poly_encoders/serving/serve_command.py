@@ -1,5 +1,6 @@
 """`poly-encoders serve`: a model, and an index, behind the interfaces that clients speak."""
 
+import gc
 import ipaddress
 import json
 import logging
@@ -73,10 +74,13 @@ def serve(
             address = f"http://{place}:{listening.getsockname()[1]}"
             with console.status(f"Loading {escape(model)} ..."):
                 app: Any = create_app(options)  # also where workers load their own: what is wrong is said here, once
+            if workers > 1:
+                app = "poly_encoders.serving.app:from_environment"
+                gc.collect()  # the model that was tried
             console.print(f"[green]Serving[/] {escape(model)} at {address}  (its interfaces: {address}/docs)")
             with _worker_environment(options, workers):
                 uvicorn.run(
-                    app if workers == 1 else "poly_encoders.serving.app:from_environment",
+                    app,
                     factory=workers > 1,
                     workers=workers,
                     fd=listening.fileno(),

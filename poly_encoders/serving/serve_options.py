@@ -51,6 +51,8 @@ class ServeOptions:
         checked_count(self.cache_bytes, "cache_bytes", least=0)
         if not self.timeout > 0:
             raise ValueError(f"timeout is a number of seconds above 0, not {self.timeout!r}.")
+        if self.milvus is not None and self.index is None:
+            raise ValueError("milvus is where an index is searched: give --index as well.")
         if self.api_key is not None and not self.api_key.strip():
             raise ValueError("The API key is empty. Leave it out for a service without one.")
 

@@ -15,15 +15,15 @@ from poly_encoders.serving.rerank_routes import service_of
 router = APIRouter(tags=["status"])
 
 
-@router.get("/live")
+@router.api_route("/live", methods=["GET", "HEAD"])
 async def live() -> Response:
     """The process answers: do not restart it."""
     return Response()
 
 
-@router.get("/health")
-@router.get("/ready")
-@router.get("/ping")
+@router.api_route("/health", methods=["GET", "HEAD"])
+@router.api_route("/ready", methods=["GET", "HEAD"])
+@router.api_route("/ping", methods=["GET", "HEAD"])
 async def health(request: Request) -> Response:
     """The model answers as well: send requests here."""
     if not service_of(request).batcher.is_alive:

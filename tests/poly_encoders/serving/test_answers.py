@@ -208,7 +208,7 @@ def test_prompts(sentence_transformer_folder, serve):
 def test_status(any_model, serve):
     with serve(any_model, api_key="secret") as client:
         for path in ("/health", "/ready", "/live", "/ping"):
-            assert client.get(path).status_code == 200
+            assert client.get(path).status_code == client.head(path).status_code == 200
         assert client.get("/info").status_code == 401
         client.headers["Authorization"] = "Bearer secret"
         info = client.get("/info").json()

@@ -70,6 +70,7 @@ def test_several_workers(saved_poly_encoder):
         (["nowhere", "--workers", "2"], "no saved model"),
         (["nowhere", "--host", "0.0.0.0"], "No API key"),
         (["MODEL", "--api-key", " "], "empty"),
+        (["MODEL", "--milvus", "http://localhost:1"], "--index"),
         (["MODEL", "--timeout", "0"], "timeout"),
     ],
 )
