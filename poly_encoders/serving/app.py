@@ -43,6 +43,8 @@ def create_app(options: ServeOptions, model: PolyEncoder | BiEncoder | CrossEnco
         OSError, ValueError: there is no such model or index, or the index is of another model.
     """
     model = load_model(options.model, device=options.device) if model is None else model
+    if options.index is not None and isinstance(model, CrossEncoder):
+        raise ValueError("A Cross-encoder makes no vectors of candidates, so it searches no index: leave --index out.")
     service = Service(model, options)
     index = None if options.index is None else ServedIndex(options.index, model, options.milvus)
 

@@ -15,20 +15,21 @@ from poly_encoders.serving.rerank_routes import service_of
 router = APIRouter(tags=["status"])
 
 
-@router.api_route("/live", methods=["GET", "HEAD"])
 async def live() -> Response:
     """The process answers: do not restart it."""
     return Response()
 
 
-@router.api_route("/health", methods=["GET", "HEAD"])
-@router.api_route("/ready", methods=["GET", "HEAD"])
-@router.api_route("/ping", methods=["GET", "HEAD"])
 async def health(request: Request) -> Response:
     """The model answers as well: send requests here."""
     if not service_of(request).batcher.is_alive:
         raise UnavailableError("The model's queue is not at work: the service begins or ends.")
     return Response()
+
+
+for path, asked in (("/live", live), ("/health", health), ("/ready", health), ("/ping", health)):
+    router.add_api_route(path, asked, methods=["GET"])
+    router.add_api_route(path, asked, methods=["HEAD"], include_in_schema=False)
 
 
 @router.get("/info")

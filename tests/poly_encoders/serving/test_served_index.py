@@ -82,10 +82,12 @@ def test_searches_and_changes_at_once(poly_encoder, path, serve):
         assert client.get("/candidates").json()["total"] == 66
 
 
-def test_no_index_and_that_of_another_model(poly_encoder, codes_encoder, path, serve):
+def test_no_index_and_that_of_another_model(poly_encoder, codes_encoder, cross_encoder, path, serve):
     with serve(poly_encoder) as client:
         assert client.post("/search", json={"context": "a"}).status_code == 404
         assert "--index" in client.get("/candidates").json()["error"]["message"]
+    with pytest.raises(ValueError, match="searches no index"), serve(cross_encoder, index=path):
+        pass
     with (
         pytest.raises(ValueError, match="encodes candidates otherwise"),
         serve(codes_encoder, index=path),
