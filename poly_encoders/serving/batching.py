@@ -7,7 +7,7 @@ only, so that small ones behind it do not wait for all of it.
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -18,9 +18,12 @@ from poly_encoders.serving.request_errors import OverloadedError
 class Item(NamedTuple):
     """One thing to encode: a text of a side, or a pair."""
 
-    kind: Hashable  # items of one kind are encoded by one call
+    kind: Any  # hashable: items of one kind are encoded by one call
     content: Any
     cost: int  # tokens, an estimate
+
+
+Keep = Callable[[Sequence[Item], Sequence[Any]], None]
 
 
 @dataclass(eq=False)
@@ -29,6 +32,7 @@ class Work:
 
     items: Sequence[Item]
     done: asyncio.Future[list[Any]]
+    keep: Keep
     results: list[Any] = field(default_factory=list)  # in the order of the items
     queued: float = field(default_factory=time.perf_counter)
     began: float | None = None
@@ -51,7 +55,7 @@ class Batcher:
 
     def __init__(
         self,
-        encode: Callable[[Hashable, list[Any]], Sequence[Any]],
+        encode: Callable[[Any, list[Any]], Sequence[Any]],
         max_batch_tokens: int,
         max_waiting: int,
         max_waiting_tokens: int,
@@ -88,8 +92,10 @@ class Batcher:
             self._runner.cancel()
         self._thread.shutdown()
 
-    async def run(self, items: Sequence[Item]) -> Work:
+    async def run(self, items: Sequence[Item], keep: Keep = lambda items, results: None) -> Work:
         """Have items encoded; the work, with their results in order.
+
+        `keep` is told of some of them with their results as soon as these are there, also where nobody waits any more.
 
         Raises:
             OverloadedError: the queue is full.
@@ -98,7 +104,7 @@ class Batcher:
         full = len(self._waiting) >= self._max_waiting
         if full or (self._waiting and self.waiting_tokens + cost > self._max_waiting_tokens):
             raise OverloadedError(len(self._waiting), max(1.0, self.waiting_tokens / self._rate if self._rate else 1.0))
-        work = Work(items, asyncio.get_running_loop().create_future())
+        work = Work(items, asyncio.get_running_loop().create_future(), keep)
         if not items:
             return work
         self._waiting.append(work)
@@ -125,11 +131,13 @@ class Batcher:
                 work.began = work.began or began
                 tokens += sum(item.cost for item in items)
             self._observe(len(batch), sum(len(items) for _, items in batch), tokens)
-            for work, found in await loop.run_in_executor(self._thread, self._tried, batch):
+            tried = await loop.run_in_executor(self._thread, self._tried, batch)
+            for (_, items), (work, found) in zip(batch, tried, strict=True):
                 if isinstance(found, Exception):
                     self._end(work, found)
                     continue
                 work.results += found
+                work.keep(items, found)
                 if not work.remaining:
                     self._end(work)
             rate = tokens / max(time.perf_counter() - began, 1e-6)
@@ -169,7 +177,7 @@ class Batcher:
 
     def _encoded(self, batch: list[tuple[Work, Sequence[Item]]]) -> list[list[Any]]:
         """The results of each request's items, those of one kind by one call."""
-        places: dict[Hashable, list[tuple[int, int]]] = {}
+        places: dict[Any, list[tuple[int, int]]] = {}
         for number, (_, items) in enumerate(batch):
             for position, item in enumerate(items):
                 places.setdefault(item.kind, []).append((number, position))

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -193,18 +193,23 @@ class Service:
         """Candidates' vectors `(n, dim)`, of the cache or new; the items `first` are encoded before them."""
         assert not isinstance(self.model, CrossEncoder)
         prompt = self.model.prompt_of("document") if prompt is None else prompt
-        keys: list[Hashable] = [*texts] if prompt is None else [(prompt, text) for text in texts]
-        vectors, known = self._cache.get(keys)
+        vectors, known = self._cache.get([(prompt, text) for text in texts])
         missing = [place for place in range(len(texts)) if place not in known]
         self.metrics.observe_cache(len(known), len(missing))
         items = [Item(("document", prompt), texts[place], self._cost(texts[place], "document")) for place in missing]
-        work = await self.batcher.run([*first, *items])
+        work = await self.batcher.run([*first, *items], self._keep)
         new = work.results[len(first) :]
         if missing:
             vectors[missing] = [vector for vector, _ in new]
-            self._cache.put([keys[place] for place in missing], vectors[missing], [read for _, read in new])
         reads = known | {place: read for place, (_, read) in zip(missing, new, strict=True)}
         return work, vectors, [reads[place] for place in range(len(texts))]
+
+    def _keep(self, items: Sequence[Item], results: Sequence[tuple[Any, Read]]) -> None:
+        """Put candidates into the cache as they come: a request that was given up goes on when it is repeated."""
+        for item, (vector, read) in zip(items, results, strict=True):
+            side, prompt = item.kind
+            if side == "document":
+                self._cache.put((prompt, item.content), vector, read)
 
     def _similarity(self, contexts: Tensor, candidates: Tensor) -> Tensor:
         assert not isinstance(self.model, CrossEncoder)

@@ -46,22 +46,19 @@ class VectorCache:
             return np.empty((len(keys), self._vectors.shape[1]), dtype=np.float32), found
         return self._vectors[places], found
 
-    def put(self, keys: Sequence[Hashable], vectors: np.ndarray, reads: Sequence[Read]) -> None:
-        """Keep `(n, dim)` vectors of n texts."""
-        for key, vector, read in zip(keys, vectors, reads, strict=True):
-            if key in self._places:
-                continue
-            size = self._each + _length(key)
-            while self._places and (self._bytes + size > self._max_bytes or len(self._places) == self._most):
-                old, (place, _) = self._places.popitem(last=False)
-                self._free.append(place)
-                self._bytes -= self._each + _length(old)
-            if not self._most or self._bytes + size > self._max_bytes:
-                continue  # larger than all there is
-            place = self._free.pop() if self._free else len(self._places)
-            self._vectors[place] = vector
-            self._places[key] = place, read
-            self._bytes += size
+    def put(self, key: Hashable, vector: np.ndarray, read: Read) -> None:
+        """Keep the `(dim,)` vector of a text."""
+        size = self._each + _length(key)
+        if key in self._places or not self._most or size > self._max_bytes:
+            return
+        while self._bytes + size > self._max_bytes or len(self._places) == self._most:
+            old, (place, _) = self._places.popitem(last=False)
+            self._free.append(place)
+            self._bytes -= self._each + _length(old)
+        place = self._free.pop() if self._free else len(self._places)
+        self._vectors[place] = vector
+        self._places[key] = place, read
+        self._bytes += size
 
 
 def _length(key: Hashable) -> int:

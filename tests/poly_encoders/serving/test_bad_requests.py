@@ -1,6 +1,7 @@
 """More than two hundred requests that are wrong: each gets a 4xx in the form of what it called, and harms nobody."""
 
 import json
+import time
 
 import pytest
 
@@ -246,8 +247,6 @@ def test_a_failure_of_the_model_says_nothing_of_itself(poly_encoder, serve, monk
 
 
 def test_what_takes_too_long_is_given_up(poly_encoder, serve, monkeypatch):
-    import time
-
     encode = poly_encoder.encode_query
     with serve(poly_encoder, timeout=0.3) as client:
         monkeypatch.setattr(
@@ -258,3 +257,15 @@ def test_what_takes_too_long_is_given_up(poly_encoder, serve, monkeypatch):
         monkeypatch.undo()
         time.sleep(0.8)
         assert client.post("/rerank", json=GOOD["/rerank"]).is_success
+
+
+def test_what_was_given_up_goes_on_where_it_was(poly_encoder, serve, monkeypatch):
+    """A client that tries again after a 504 finds what was encoded by then."""
+    encode = poly_encoder.encode_document
+    slow = lambda texts, **options: time.sleep(0.02 * len(texts)) or encode(texts, **options)  # noqa: E731
+    with serve(poly_encoder, timeout=0.4, max_batch_tokens=50) as client:
+        monkeypatch.setattr(poly_encoder, "encode_document", slow)
+        body = {"query": "hello", "texts": [f"number {place}" for place in range(40)]}
+        statuses = [client.post("/rerank", json=body).status_code for _ in range(6)]
+    assert statuses[0] == 504
+    assert statuses[-1] == 200

@@ -28,9 +28,9 @@ def test_it_keeps_what_was_used_last(calls):
             assert read == twin[keys[place]]
             twin.move_to_end(keys[place])
         missing = [key for key in keys if key not in twin]
-        reads = [Read(ord(key), False) for key in missing]
-        cache.put(missing, np.array([vector(key) for key in missing]).reshape(-1, DIM), reads)
-        for key, read in zip(missing, reads, strict=True):
+        for key in missing:
+            read = Read(ord(key), False)
+            cache.put(key, vector(key), read)
             if len(twin) == room:
                 twin.popitem(last=False)
             twin[key] = read
@@ -39,14 +39,16 @@ def test_it_keeps_what_was_used_last(calls):
 
 def test_what_is_larger_than_all_of_it_is_not_kept():
     cache = VectorCache(DIM, EACH + 40)
-    cache.put(["a", "b" * 1000], np.zeros((2, DIM)), [Read(1, False)] * 2)
-    assert sorted(cache.get(["a", "b" * 1000])[1]) == [] or len(cache) <= 1
-    cache.put(["c"], np.ones((1, DIM)), [Read(1, False)])
-    assert (cache.get(["c"])[0] == 1).all()
+    cache.put("a", vector("a"), Read(1, False))
+    cache.put("b" * 1000, vector("b"), Read(1, False))
+    assert [*cache.get(["a", "b" * 1000])[1]] == [0]
+    cache.put("c", vector("c"), Read(1, False))
+    assert [*cache.get(["a", "c"])[1]] == [1]
+    assert (cache.get(["c"])[0] == vector("c")).all()
 
 
 def test_without_room_nothing_is_kept():
     cache = VectorCache(DIM, 0)
-    cache.put(["a"], np.zeros((1, DIM)), [Read(1, False)])
+    cache.put("a", vector("a"), Read(1, False))
     assert len(cache) == 0
     assert cache.get(["a"])[1] == {}
