@@ -33,7 +33,7 @@ from torch import Tensor
 
 from poly_encoders import PolyEncoder
 from poly_encoders.index import CandidateIndex
-from poly_encoders.index.graph import MANY, NEIGHBOURS
+from poly_encoders.index.graph import neighbours_of
 from poly_encoders.saving import replace_file
 from poly_encoders.training.data.chitchat import chitchat_examples
 from poly_encoders.training.train import checkpoint_path
@@ -115,9 +115,7 @@ def measure(kind: str, index: CandidateIndex, contexts: Tensor, scale: float, ro
             one = search("ann", neighbours=neighbours)
             answers = [one(context) for context in real]
             hit = [len({hit["id"] for hit in found} & best) / K for found, best in zip(answers, truth, strict=True)]
-            usual = neighbours == (
-                NEIGHBOURS if statistics.median(context.shape[1] for context in real) <= MANY else NEIGHBOURS // 2
-            )
+            usual = neighbours == neighbours_of(int(statistics.median(context.shape[1] for context in real)), K, None)
             rows.append(
                 {
                     "method": f"ann, {neighbours} neighbours" + " (default)" * usual,

@@ -38,7 +38,7 @@ from poly_encoders.training.train import checkpoint_path
 
 RESULTS = Path(__file__).parent / "results"
 OURS, PLAIN, CROSS = "poly-encoders serve", "plain route, Poly-encoder", "plain route, Cross-encoder"
-LEAST = 12  # requests of each client, at least
+LEAST = 6  # requests of each client, at least
 
 
 def plain_app(path: str, kind: str) -> Any:
@@ -117,7 +117,7 @@ class Requests:
 
 
 def load(port: int, requests: Requests, clients: int, seconds: float) -> dict[str, Any]:
-    """Latencies and rate of so many clients, each for so long, and of 12 requests at least."""
+    """Latencies and rate of so many clients, each for so long, and of 6 requests at least."""
     times: list[float] = []
     statuses: dict[int, int] = {}
     lock, begin = threading.Lock(), threading.Barrier(clients + 1)

@@ -294,7 +294,7 @@ class CandidateIndex:
                 once; `"milvus"` those that Milvus finds. Up to 300,000 candidates exact by default.
             milvus: Where that is: `"http://host:19530"`, `"candidates.db"` for one in this process, or a
                 `pymilvus.MilvusClient`. The first search copies the candidates there, later ones what has changed.
-            neighbours: How many each context vector looks for but with `"exact"`: 64, or 32 where there are many.
+            neighbours: How many each context vector looks for but with `"exact"`: 64, or 16 where there are many.
             certify: Have a proven answer at any rate: score all where the engine could not prove its own.
             show_progress_bar: Show one while files are made.
             **options: Of `encode_query`.

@@ -13,10 +13,10 @@ from tqdm.auto import tqdm
 from poly_encoders.index.extras import needs
 
 LINKS = 32
-WIDTH = 80  # of the search for neighbours, when the graph is made
+WIDTH = 200  # of the search for neighbours, when the graph is made
 SAMPLE = 65536  # candidates that the 8-bit codes are fitted to
 ROWS_AT_ONCE = 16384
-NEIGHBOURS = 64  # that a context vector looks for; half as many where there are many of these
+NEIGHBOURS = 64  # that a context vector looks for; a quarter where there are many of these
 MANY = 16  # context vectors
 
 
@@ -44,7 +44,7 @@ class Graph:
 
 def neighbours_of(vectors: int, k: int, wanted: int | None) -> int:
     """How many each of a context's vectors looks for."""
-    return max(k, wanted or (NEIGHBOURS if vectors <= MANY else NEIGHBOURS // 2))
+    return max(k, wanted or (NEIGHBOURS if vectors <= MANY else NEIGHBOURS // 4))
 
 
 def build_graph(vectors: np.ndarray, path: Path, show_progress_bar: bool = False) -> None:
