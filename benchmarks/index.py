@@ -21,7 +21,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import faiss
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -74,6 +73,8 @@ def bi_encoder_exact(vectors: np.ndarray, query: Tensor) -> Tensor:
 
 def hnsw(vectors: Tensor, queries: np.ndarray, rounds: int) -> dict[str, Any]:
     """FAISS HNSW with one vector a query, at the first setting that reaches a recall of .99."""
+    import faiss  # after torch: before it, FAISS brings an OpenMP of its own, and each waits for the other's threads
+
     graph = faiss.IndexHNSWFlat(vectors.shape[1], 32, faiss.METRIC_INNER_PRODUCT)
     graph.hnsw.efConstruction = 80
     start = time.perf_counter()
