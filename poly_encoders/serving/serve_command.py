@@ -70,6 +70,8 @@ def serve(
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         # Bound here, because the port may be any that is free, which has to be said.
         with socket.create_server((host, port), family=family, backlog=2048) as listening:
+            # Else an answer's head and body wait 40 ms for each other: of a socket by its number nobody knows the kind.
+            listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             place = f"[{host}]" if ":" in host else host
             address = f"http://{place}:{listening.getsockname()[1]}"
             with console.status(f"Loading {escape(model)} ..."):
