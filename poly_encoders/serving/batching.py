@@ -24,6 +24,7 @@ class Item(NamedTuple):
 
 
 Keep = Callable[[Sequence[Item], Sequence[Any]], None]
+Finish = Callable[[list[Any]], Any]
 
 
 @dataclass(eq=False)
@@ -31,11 +32,13 @@ class Work:
     """The items of a request, and what has become of them."""
 
     items: Sequence[Item]
-    done: asyncio.Future[list[Any]]
+    done: asyncio.Future[None]
     keep: Keep
+    finish: Finish
     results: list[Any] = field(default_factory=list)  # in the order of the items
     queued: float = field(default_factory=time.perf_counter)
     began: float | None = None
+    outcome: Any = None  # what `finish` made of all results
 
     @property
     def remaining(self) -> int:
@@ -92,10 +95,19 @@ class Batcher:
             self._runner.cancel()
         self._thread.shutdown()
 
-    async def run(self, items: Sequence[Item], keep: Keep = lambda items, results: None) -> Work:
+    async def run(
+        self,
+        items: Sequence[Item],
+        keep: Keep = lambda items, results: None,
+        finish: Finish = lambda results: None,
+    ) -> Work:
         """Have items encoded; the work, with their results in order.
 
-        `keep` is told of some of them with their results as soon as these are there, also where nobody waits any more.
+        Args:
+            items: What to encode.
+            keep: Told of some items with their results as soon as these are there, also where nobody waits any more.
+            finish: Makes the outcome of all results, in the model's thread: products in another one would have threads
+                of their own, which wait for each other.
 
         Raises:
             OverloadedError: the queue is full.
@@ -104,7 +116,7 @@ class Batcher:
         full = len(self._waiting) >= self._max_waiting
         if full or (self._waiting and self.waiting_tokens + cost > self._max_waiting_tokens):
             raise OverloadedError(len(self._waiting), max(1.0, self.waiting_tokens / self._rate if self._rate else 1.0))
-        work = Work(items, asyncio.get_running_loop().create_future(), keep)
+        work = Work(items, asyncio.get_running_loop().create_future(), keep, finish)
         if not items:
             return work
         self._waiting.append(work)
@@ -132,11 +144,12 @@ class Batcher:
                 tokens += sum(item.cost for item in items)
             self._observe(len(batch), sum(len(items) for _, items in batch), tokens)
             tried = await loop.run_in_executor(self._thread, self._tried, batch)
-            for (_, items), (work, found) in zip(batch, tried, strict=True):
+            for (work, items), (found, outcome) in zip(batch, tried, strict=True):
                 if isinstance(found, Exception):
                     self._end(work, found)
                     continue
                 work.results += found
+                work.outcome = outcome
                 work.keep(items, found)
                 if not work.remaining:
                     self._end(work)
@@ -149,7 +162,7 @@ class Batcher:
         if work.done.done():
             return
         if error is None:
-            work.done.set_result(work.results)
+            work.done.set_result(None)
         else:
             work.done.set_exception(error)
 
@@ -166,14 +179,18 @@ class Batcher:
                     room, budget = room - item.cost, budget - item.cost
         return [(work, work.items[(n := len(work.results)) : n + take]) for work, take in takes.items() if take]
 
-    def _tried(self, batch: list[tuple[Work, Sequence[Item]]]) -> list[tuple[Work, list[Any] | Exception]]:
-        """Each request's results; where the model fails, each alone, so that none fails with another."""
+    def _tried(self, batch: list[tuple[Work, Sequence[Item]]]) -> list[tuple[list[Any] | Exception, Any]]:
+        """Each request's results, and its outcome if these are the last; where one fails, each alone."""
         try:
-            return [(work, found) for (work, _), found in zip(batch, self._encoded(batch), strict=True)]
+            tried: list[tuple[list[Any] | Exception, Any]] = []
+            for (work, items), found in zip(batch, self._encoded(batch), strict=True):
+                is_last = work.remaining == len(items)
+                tried.append((found, work.finish([*work.results, *found]) if is_last else None))
+            return tried
         except Exception as error:
             if len(batch) == 1:
-                return [(batch[0][0], error)]
-            return [outcome for alone in batch for outcome in self._tried([alone])]
+                return [(error, None)]
+            return [one for alone in batch for one in self._tried([alone])]
 
     def _encoded(self, batch: list[tuple[Work, Sequence[Item]]]) -> list[list[Any]]:
         """The results of each request's items, those of one kind by one call."""

@@ -1,8 +1,7 @@
 """What a service does, whatever interface asks: score candidates for a context, and encode texts of either side."""
 
-import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,8 +27,7 @@ from poly_encoders.serving.service_metrics import ServiceMetrics
 from poly_encoders.serving.vector_cache import Read, VectorCache
 
 KINDS = {PolyEncoder: "poly-encoder", BiEncoder: "bi-encoder", CrossEncoder: "cross-encoder"}
-CHARACTERS_A_TOKEN = 3  # at least, of most texts: an estimate for the queue
-SCORED_AT_ONCE = 2048  # candidates, in the event loop: half a millisecond or so
+CHARACTERS_A_TOKEN = 4  # of English, about: an estimate for the queue
 
 
 @dataclass(frozen=True)
@@ -147,25 +145,26 @@ class Service:
         As `rank` has them: equal candidates have equal scores.
         """
         pairs = [*zip(contexts if len(contexts) > 1 else [*contexts] * len(texts), texts, strict=True)]
-        places = {pair: place for place, pair in enumerate(dict.fromkeys(pairs))}
-        unique, prompt = list(places), self.prompt("query", prompt_name)
+        # The longest first: what does not fit into one batch is then with others of its length, and little is padding.
+        unique = sorted(dict.fromkeys(pairs), key=lambda pair: -sum(map(len, pair)))
+        places = {pair: place for place, pair in enumerate(unique)}
+        prompt = self.prompt("query", prompt_name)
         if isinstance(self.model, CrossEncoder):
             items = [Item(("pair", prompt), pair, sum(map(self._cost, pair, self.limits))) for pair in unique]
             work = await self.batcher.run(items)
             scores, taken = torch.tensor([score for score, _ in work.results]), self._taken(work, work.results)
         else:
             queries = [Item(("query", prompt), text, self._cost(text, "query")) for text in contexts]
-            work, vectors, reads = await self._vectors([text for _, text in unique], queries)
-            found = work.results[: len(queries)]
-            one, many = torch.stack([of_context for of_context, _ in found]), torch.from_numpy(vectors)
-            if len(contexts) > 1:
-                order = {text: place for place, text in enumerate(contexts)}
-                one = one[[order[context] for context, _ in unique]]
-            if len(unique) <= SCORED_AT_ONCE:
-                scores = self._similarity(one, many)
-            else:
-                scores = await asyncio.to_thread(self._similarity, one, many)
-            taken = self._taken(work, [*found, *((None, read) for read in reads)])
+            order = {text: place for place, text in enumerate(contexts)}
+
+            def finish(found: list[tuple[Tensor, Read]], vectors: np.ndarray) -> Tensor:
+                each = torch.stack([of_context for of_context, _ in found])
+                each = each[[order[context] for context, _ in unique]] if len(contexts) > 1 else each
+                return self._similarity(each, torch.from_numpy(vectors))
+
+            work, _, reads = await self._vectors([text for _, text in unique], queries, finish=finish)
+            scores = work.outcome
+            taken = self._taken(work, [*work.results[: len(queries)], *((None, read) for read in reads)])
         return scores[[places[pair] for pair in pairs]], taken
 
     async def embed(
@@ -188,20 +187,30 @@ class Service:
         return torch.stack([vectors for vectors, _ in work.results]), self._taken(work, work.results)
 
     async def _vectors(
-        self, texts: Sequence[CheckedText], first: list[Item], prompt: str | None = None
+        self,
+        texts: Sequence[CheckedText],
+        first: list[Item],
+        prompt: str | None = None,
+        finish: Callable[[list[Any], np.ndarray], Any] = lambda found, vectors: None,
     ) -> tuple[Work, np.ndarray, list[Read]]:
-        """Candidates' vectors `(n, dim)`, of the cache or new; the items `first` are encoded before them."""
+        """Candidates' vectors `(n, dim)`, of the cache or new; the items `first` are encoded before them.
+
+        What `finish` makes of the results of `first` and of the vectors is the work's outcome.
+        """
         assert not isinstance(self.model, CrossEncoder)
         prompt = self.model.prompt_of("document") if prompt is None else prompt
         vectors, known = self._cache.get([(prompt, text) for text in texts])
-        missing = [place for place in range(len(texts)) if place not in known]
+        missing = sorted(set(range(len(texts))) - known.keys(), key=lambda place: -len(texts[place]))
         self.metrics.observe_cache(len(known), len(missing))
         items = [Item(("document", prompt), texts[place], self._cost(texts[place], "document")) for place in missing]
-        work = await self.batcher.run([*first, *items], self._keep)
-        new = work.results[len(first) :]
-        if missing:
-            vectors[missing] = [vector for vector, _ in new]
-        reads = known | {place: read for place, (_, read) in zip(missing, new, strict=True)}
+
+        def end(results: list[Any]) -> Any:
+            if missing:
+                vectors[missing] = [vector for vector, _ in results[len(first) :]]
+            return finish(results[: len(first)], vectors)
+
+        work = await self.batcher.run([*first, *items], self._keep, end)
+        reads = known | {place: read for place, (_, read) in zip(missing, work.results[len(first) :], strict=True)}
         return work, vectors, [reads[place] for place in range(len(texts))]
 
     def _keep(self, items: Sequence[Item], results: Sequence[tuple[Any, Read]]) -> None:
