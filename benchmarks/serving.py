@@ -22,7 +22,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from poly_encoders.training.train import checkpoint_path
 
 RESULTS = Path(__file__).parent / "results"
 OURS, PLAIN, CROSS = "poly-encoders serve", "plain route, Poly-encoder", "plain route, Cross-encoder"
+NAMES = {"ours": OURS, "poly": PLAIN, "cross": CROSS}
 LEAST = 6  # requests of each client, at least
 
 
@@ -247,6 +248,7 @@ def main() -> None:
     parser.add_argument("--model", default="minilm", help="what all are built on (%(default)s)")
     parser.add_argument("--candidates", type=int, nargs="+", default=[20, 100, 1000])
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 64])
+    parser.add_argument("--services", nargs="+", choices=NAMES, default=list(NAMES), help="whom to load (all)")
     parser.add_argument("--seconds", type=float, default=8, help="each load")
     parser.add_argument("--soak", type=float, default=0, help="seconds of 64 clients at the end")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -260,12 +262,8 @@ def main() -> None:
         CrossEncoder(checkpoint_path(options.model)).save(paths["cross"])
         alone = context_alone(paths["ours"], conversations)
         console.print(f"A context alone: {alone} ms")
-        with (
-            running("ours", paths["ours"]) as ours,
-            running("poly", paths["poly"]) as plain,
-            running("cross", paths["cross"]) as cross,
-        ):
-            services = {OURS: ours, PLAIN: plain, CROSS: cross}
+        with ExitStack() as stack:
+            services = {NAMES[kind]: stack.enter_context(running(kind, paths[kind])) for kind in options.services}
             loads = itertools.product(options.candidates, ("new", "repeated"), options.clients, services)
             for size, kind, clients, service in loads:
                 if service == CROSS and (size > 100 or clients > 8):

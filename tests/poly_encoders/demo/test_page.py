@@ -71,8 +71,8 @@ def test_turns_are_shown_by_what_was_said(checkpoints):
         ("hi &lt;b&gt;", "turn 1"),
     ]
     assert "What is in each turn’s vector" in page
-    assert "25% of each is the last turn" in Demo(model).how
-    assert "code" not in re.sub(r"<[^>]+>", "", page) + Demo(model).how
+    assert "25% of each is the last turn" in Demo(model).words.how
+    assert "code" not in re.sub(r"<[^>]+>", "", page) + Demo(model).words.how
 
 
 def test_the_text_is_shown_whole_and_once(checkpoints):
