@@ -1,5 +1,7 @@
 """What a service does, whatever interface asks: score candidates for a context, and encode texts of either side."""
 
+import contextlib
+import ctypes
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,6 +30,7 @@ from poly_encoders.serving.vector_cache import Read, VectorCache
 
 KINDS = {PolyEncoder: "poly-encoder", BiEncoder: "bi-encoder", CrossEncoder: "cross-encoder"}
 CHARACTERS_A_TOKEN = 4  # of English, about: an estimate for the queue
+SECONDS_TO_KEEP = 5  # free memory
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class Service:
         self._own_tokens = len(frame.before) + len(frame.after) if not isinstance(model, CrossEncoder) else 0
         dim = 0 if isinstance(model, CrossEncoder) else int(model.get_embedding_dimension() or 0)
         self._cache = VectorCache(dim, options.cache_bytes if dim else 0)
+        self._given_back = time.monotonic()
         self.batcher = Batcher(
             self._encode,
             options.max_batch_tokens,
@@ -229,8 +233,16 @@ class Service:
 
     # --- in the model's thread -------------------------------------------------------------------------------------
 
+    def _give_back(self) -> None:
+        """Hand free memory back to the system now and then: glibc keeps the gaps that batches of all sizes leave."""
+        if time.monotonic() - self._given_back > SECONDS_TO_KEEP:
+            self._given_back = time.monotonic()
+            with contextlib.suppress(AttributeError, OSError, TypeError):  # another system
+                ctypes.CDLL(None).malloc_trim(0)
+
     def _encode(self, kind: Any, contents: list[Any]) -> Sequence[Any]:
         """Results of items of one kind: vectors or scores, with what was read."""
+        self._give_back()
         side, prompt = kind
         options: dict[str, Any] = {"prompt": prompt, "show_progress_bar": False}
         with torch.inference_mode():
