@@ -215,7 +215,7 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Requests a second against clients, one panel for new and one for repeated candidates."""
     kinds, sizes = ("new", "repeated"), sorted({row["candidates"] for row in rows})
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
     styles = dict(zip(sizes, ("-", "--", ":"), strict=False))
     for panel, kind in zip(panels, kinds, strict=True):
         for color, service in zip(("C0", "C1", "C2"), (OURS, PLAIN, CROSS), strict=True):
@@ -231,7 +231,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         panel.set(title=f"{kind} candidates", xlabel="clients", xticks=[1, 8, 64], xticklabels=["1", "8", "64"])
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("requests a second")
-    panels[1].legend(frameon=False, fontsize=7)
+    panels[1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
