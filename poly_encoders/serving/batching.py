@@ -54,6 +54,7 @@ class Batcher:
         max_waiting: Requests that may wait.
         max_waiting_tokens: What these may cost together. A single request may cost more when none waits.
         observe: Told of each batch: its number of requests, of items and its tokens.
+        observe_queue: Told of the requests that wait and their tokens, whenever they change.
     """
 
     def __init__(
@@ -63,8 +64,9 @@ class Batcher:
         max_waiting: int,
         max_waiting_tokens: int,
         observe: Callable[[int, int, int], None] = lambda requests, items, tokens: None,
+        observe_queue: Callable[[int, int], None] = lambda requests, tokens: None,
     ) -> None:
-        self._encode, self._observe = encode, observe
+        self._encode, self._observe, self._observe_queue = encode, observe, observe_queue
         self._max_batch_tokens = max_batch_tokens
         self._max_waiting, self._max_waiting_tokens = max_waiting, max_waiting_tokens
         self._waiting: deque[Work] = deque()
@@ -121,6 +123,7 @@ class Batcher:
             return work
         self._waiting.append(work)
         self.waiting_tokens += cost
+        self._observe_queue(self.waiting, self.waiting_tokens)
         self._wake.set()
         try:
             await work.done
@@ -128,6 +131,7 @@ class Batcher:
             if work in self._waiting:  # the client went away, or its time is over
                 self._waiting.remove(work)
             self.waiting_tokens -= cost
+            self._observe_queue(self.waiting, self.waiting_tokens)
         return work
 
     async def _run(self) -> None:

@@ -57,7 +57,7 @@ async def embeddings(request: Request) -> JSONResponse:
         "object": "list",
         "data": [{"object": "embedding", "index": place, "embedding": row} for place, row in enumerate(rows)],
         "model": request.app.state.name,
-        "usage": {"prompt_tokens": cost.tokens, "total_tokens": cost.tokens},
+        "usage": cost.usage(),
     }
     return JSONResponse(answer, headers=cost.headers())
 

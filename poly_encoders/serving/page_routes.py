@@ -15,7 +15,7 @@ from poly_encoders.demo.wording import wording
 from poly_encoders.modeling.scoring_poly_encoder import best_first
 from poly_encoders.poly_encoder import PolyEncoder
 from poly_encoders.serving.index_routes import answered
-from poly_encoders.serving.request_errors import InvalidRequestError
+from poly_encoders.serving.request_errors import InvalidRequestError, NotFoundError
 from poly_encoders.serving.request_forms import Form, read_form
 from poly_encoders.serving.rerank_routes import service_of
 
@@ -70,7 +70,9 @@ async def page(request: Request) -> Response:
 @router.get("/page/{name}")
 async def file(name: str) -> Response:
     """What the page is made of."""
-    path, kind = _FILES[name if name in _FILES else "page.css"]
+    if name not in _FILES:
+        raise NotFoundError(f"The page has no file {name[:80]!r}.")
+    path, kind = _FILES[name]
     return Response(path.read_bytes(), media_type=kind)
 
 

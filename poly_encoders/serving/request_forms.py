@@ -170,13 +170,6 @@ class Deletion(Form):
     filter: str | None = Field(None, description="A condition in SQL.")
 
 
-class Explain(Form):
-    """Why a candidate got its score."""
-
-    context: Turns = Field(description=CONTEXT)
-    candidate: str
-
-
 AnyForm = TypeVar("AnyForm", bound=Form)
 
 

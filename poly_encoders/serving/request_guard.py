@@ -51,7 +51,7 @@ class RequestGuard:
 
     def __init__(self, app: Any, options: ServeOptions, metrics: ServiceMetrics, paths: set[str]):
         self.app, self.options, self._metrics, self._paths = app, options, metrics, paths
-        self._key = None if options.api_key is None else options.api_key.encode()
+        self._key = None if options.api_key is None else options.api_key.strip().encode()
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

@@ -45,9 +45,13 @@ def to_unit(service: Service) -> Callable[[float], float]:
     if getattr(model, "scores_are_cosines", False):
         return lambda score: min(1.0, max(0.0, (1 + score) / 2))
     if isinstance(model, CrossEncoder):
-        return (lambda score: score) if type(model.activation_fn).__name__ == "Sigmoid" else _sigmoid
+        return _raw if type(model.activation_fn).__name__ == "Sigmoid" else _sigmoid
     scale = float(getattr(model, "final_scale", 1.0))
     return lambda score: (1 + score * scale / (1 + abs(score * scale))) / 2
+
+
+def _raw(score: float) -> float:
+    return score
 
 
 def _sigmoid(x: float) -> float:
@@ -79,7 +83,7 @@ async def _tei_ranked(service: Service, form: TeiRerank) -> JSONResponse:
     context, texts = service.context(form.query), service.candidates(form.texts, "texts")
     scores, cost = await service.scores([context], texts)
     refuse_cut(cost, form.truncate)
-    shown = (lambda score: score) if form.raw_scores else to_unit(service)
+    shown = _raw if form.raw_scores else to_unit(service)
     rows: list[dict[str, Any]] = [
         {"index": index, "score": shown(score)} for index, score in best_first(scores, form.top_n or None)
     ]
@@ -90,15 +94,9 @@ async def _tei_ranked(service: Service, form: TeiRerank) -> JSONResponse:
 
 
 @router.post("/v1/rerank", openapi_extra=described(Rerank))
-async def rerank_v1(request: Request) -> JSONResponse:
-    """As Cohere (v1), Jina and vLLM have it."""
-    form = await read_form(request, Rerank)
-    return await _ranked(request, form, bool(form.return_documents))
-
-
 @router.post("/v2/rerank", openapi_extra=described(Rerank))
-async def rerank_v2(request: Request) -> JSONResponse:
-    """As Cohere (v2) and vLLM have it."""
+async def rerank_documents(request: Request) -> JSONResponse:
+    """As Cohere, Jina and vLLM have it."""
     form = await read_form(request, Rerank)
     return await _ranked(request, form, bool(form.return_documents))
 
@@ -117,8 +115,7 @@ async def _ranked(request: Request, form: Rerank, with_documents: bool, plain: b
     if form.max_tokens_per_doc is not None:
         texts = service.candidates(service.cut(texts, form.max_tokens_per_doc))
     scores, cost = await service.scores([context], texts)
-    raw = form.raw_scores or form.use_activation is False
-    shown = (lambda score: score) if raw else to_unit(service)
+    shown = _raw if form.raw_scores or form.use_activation is False else to_unit(service)
     results: list[dict[str, Any]] = [
         {"index": index, "relevance_score": shown(score)} for index, score in best_first(scores, form.top_n or None)
     ]
@@ -134,7 +131,7 @@ async def _ranked(request: Request, form: Rerank, with_documents: bool, plain: b
         "model": request.app.state.name,
         "results": results,
         "meta": units,
-        "usage": {"prompt_tokens": cost.tokens, "total_tokens": cost.tokens},
+        "usage": cost.usage(),
     }
     return JSONResponse(answer, headers=cost.headers())
 
@@ -148,7 +145,7 @@ async def score(request: Request) -> JSONResponse:
     texts = service.candidates(candidates, "the candidates")
     checked_contexts = [service.context(context, f"context {place}") for place, context in enumerate(contexts)]
     scores, cost = await service.scores(checked_contexts, texts)
-    shown = to_unit(service) if form.use_activation else (lambda score: score)
+    shown = to_unit(service) if form.use_activation else _raw
     data = [{"index": place, "object": "score", "score": shown(value)} for place, value in enumerate(scores.tolist())]
     answer = {
         "id": f"score-{uuid.uuid4().hex}",
@@ -156,7 +153,7 @@ async def score(request: Request) -> JSONResponse:
         "created": int(time.time()),
         "model": request.app.state.name,
         "data": data,
-        "usage": {"prompt_tokens": cost.tokens, "total_tokens": cost.tokens},
+        "usage": cost.usage(),
     }
     return JSONResponse(answer, headers=cost.headers())
 

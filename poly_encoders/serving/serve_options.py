@@ -46,8 +46,9 @@ class ServeOptions:
     timeout: float = 120.0
 
     def __post_init__(self) -> None:
-        for name in ("max_documents", "max_characters", "max_body_bytes", "max_batch_tokens", "max_waiting"):
-            checked_count(getattr(self, name), name)
+        for name, value in vars(self).items():
+            if name.startswith("max_"):
+                checked_count(value, name)
         checked_count(self.cache_bytes, "cache_bytes", least=0)
         if not self.timeout > 0:
             raise ValueError(f"timeout is a number of seconds above 0, not {self.timeout!r}.")

@@ -9,7 +9,8 @@ from torch.nn.functional import normalize
 
 from poly_encoders.index import CandidateIndex
 from poly_encoders.index.encoding import IndexModel
-from poly_encoders.index.lance_store import ID, TABLE, TEXT
+from poly_encoders.index.filters import clear_filter_errors
+from poly_encoders.index.lance_store import ID, TABLE, TEXT, LanceStore
 
 
 class ServedIndex:
@@ -26,7 +27,7 @@ class ServedIndex:
         encoder = IndexModel(model)
         self.scale, self._normalize = encoder.scale, encoder.normalize
         self._writing, self._opening = asyncio.Lock(), asyncio.Lock()
-        self._seen = 0
+        self._seen = self._mark() if LanceStore.is_there(path) else 0  # before it is opened: no change is missed
         self._index = CandidateIndex.load(path, model)
 
     def __len__(self) -> int:
@@ -70,9 +71,14 @@ class ServedIndex:
             return int(await asyncio.to_thread(getattr(index, method), *args, **options))
 
     async def look(self, condition: str | None, limit: int, offset: int) -> list[dict[str, Any]]:
-        """Some rows: `id`, `text` and metadata."""
+        """Some rows: `id`, `text` and metadata.
+
+        Raises:
+            ValueError: a condition of wrong syntax or on a missing column.
+        """
         store = (await self.current()).store
         columns = [ID, TEXT, *store.metadata_columns]
         options = {"columns": columns, "filter": condition, "limit": limit, "offset": offset}
-        table = await asyncio.to_thread(lambda: store.dataset.to_table(**options))
+        with clear_filter_errors(store):
+            table = await asyncio.to_thread(lambda: store.dataset.to_table(**options))
         return table.to_pylist()

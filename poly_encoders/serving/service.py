@@ -41,6 +41,10 @@ class Cost:
     cut: int
     queued: float
 
+    def usage(self) -> dict[str, int]:
+        """As OpenAI, Jina and vLLM have it."""
+        return {"prompt_tokens": self.tokens, "total_tokens": self.tokens}
+
     def headers(self) -> dict[str, str]:
         """For the answer, by text-embeddings-inference's names where it has one."""
         return {
@@ -73,8 +77,8 @@ class Service:
             options.max_waiting,
             options.max_waiting_tokens,
             self.metrics.observe_batch,
+            self.metrics.observe_queue,
         )
-        self.metrics.watch(lambda: self.batcher.waiting, lambda: self.batcher.waiting_tokens)
 
     @property
     def context_vectors(self) -> int:
@@ -130,11 +134,15 @@ class Service:
             raise InvalidRequestError(str(error)) from None
 
     def cut(self, texts: Sequence[str], max_tokens: int | None) -> list[str]:
-        """The first so many tokens of each text."""
+        """The first so many tokens of each text; all of it where a slow tokenizer cannot tell where they end.
+
+        Raises:
+            InvalidRequestError: fewer than 1.
+        """
+        if max_tokens is not None and max_tokens < 1:
+            raise InvalidRequestError(f"max_tokens_per_doc is a whole number of at least 1, not {max_tokens}.")
         if max_tokens is None or max_tokens >= self.limits["document"] or not self.model.tokenizer.is_fast:
             return list(texts)
-        if max_tokens < 1:
-            raise InvalidRequestError(f"max_tokens_per_doc is a whole number of at least 1, not {max_tokens}.")
         encodings = plain_tokens(self.model.tokenizer, list(texts)).encodings or []
         ends = [one.offsets[max_tokens - 1][1] if len(one.ids) > max_tokens else None for one in encodings]
         return [text[:end] for text, end in zip(texts, ends, strict=True)]
@@ -148,22 +156,22 @@ class Service:
 
         As `rank` has them: equal candidates have equal scores.
         """
-        pairs = [*zip(contexts if len(contexts) > 1 else [*contexts] * len(texts), texts, strict=True)]
+        pairs = [(0 if len(contexts) == 1 else place, text) for place, text in enumerate(texts)]
         # The longest first: what does not fit into one batch is then with others of its length, and little is padding.
-        unique = sorted(dict.fromkeys(pairs), key=lambda pair: -sum(map(len, pair)))
+        unique = sorted(dict.fromkeys(pairs), key=lambda pair: -len(contexts[pair[0]]) - len(pair[1]))
         places = {pair: place for place, pair in enumerate(unique)}
         prompt = self.prompt("query", prompt_name)
         if isinstance(self.model, CrossEncoder):
-            items = [Item(("pair", prompt), pair, sum(map(self._cost, pair, self.limits))) for pair in unique]
+            both = [(contexts[place], text) for place, text in unique]
+            items = [Item(("pair", prompt), pair, sum(map(self._cost, pair, self.limits))) for pair in both]
             work = await self.batcher.run(items)
             scores, taken = torch.tensor([score for score, _ in work.results]), self._taken(work, work.results)
         else:
             queries = [Item(("query", prompt), text, self._cost(text, "query")) for text in contexts]
-            order = {text: place for place, text in enumerate(contexts)}
 
             def finish(found: list[tuple[Tensor, Read]], vectors: np.ndarray) -> Tensor:
                 each = torch.stack([of_context for of_context, _ in found])
-                each = each[[order[context] for context, _ in unique]] if len(contexts) > 1 else each
+                each = each[[place for place, _ in unique]] if len(contexts) > 1 else each
                 return self._similarity(each, torch.from_numpy(vectors))
 
             work, _, reads = await self._vectors([text for _, text in unique], queries, finish=finish)

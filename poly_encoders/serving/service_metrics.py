@@ -1,7 +1,6 @@
 """What a service counts, for Prometheus."""
 
 import os
-from collections.abc import Callable
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, multiprocess
@@ -37,11 +36,6 @@ class ServiceMetrics:
         options: dict[str, Any] = {"multiprocess_mode": "livesum", "registry": own}
         self._waiting = Gauge("poly_encoders_queue_requests", "Requests not answered yet", **options)
         self._waiting_tokens = Gauge("poly_encoders_queue_tokens", "Tokens of these, estimated", **options)
-        self._sources: tuple[Callable[[], float], Callable[[], float]] | None = None
-
-    def watch(self, waiting: Callable[[], float], waiting_tokens: Callable[[], float]) -> None:
-        """Where to look up the queue."""
-        self._sources = waiting, waiting_tokens
 
     def observe_request(self, path: str, status: int, seconds: float) -> None:
         self._requests.labels(path, str(status)).inc()
@@ -51,6 +45,10 @@ class ServiceMetrics:
         self._batch_requests.observe(requests)
         self._batch_items.observe(items)
         self._batch_tokens.observe(tokens)
+
+    def observe_queue(self, requests: int, tokens: int) -> None:
+        self._waiting.set(requests)
+        self._waiting_tokens.set(tokens)
 
     def observe_cache(self, hits: int, misses: int) -> None:
         self._hits.inc(hits)
@@ -62,9 +60,6 @@ class ServiceMetrics:
 
     def text(self) -> bytes:
         """All of it, as Prometheus reads it."""
-        if self._sources is not None:
-            for gauge, source in zip((self._waiting, self._waiting_tokens), self._sources, strict=True):
-                gauge.set(source())
         if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
             return generate_latest(self._registry)
         together = CollectorRegistry()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from poly_encoders import CrossEncoder, PolyEncoder
+from poly_encoders import BiEncoder, CrossEncoder, PolyEncoder
 from poly_encoders.serving.rerank_routes import to_unit
 
 QUERY = ["hello", "do you like tea?"]
@@ -128,7 +128,7 @@ def test_embeddings(kind, serve, request):
         answer = client.post("/v1/embeddings", json={"input": [MESSAGES], "input_type": "query"})
         if isinstance(model, PolyEncoder):
             assert answer.status_code == 400
-            assert "32 vectors" in answer.json()["error"]["message"] or "4 vectors" in answer.json()["error"]["message"]
+            assert f"{model[0].config.num_context_vectors} vectors" in answer.json()["error"]["message"]
             assert "/rerank" in answer.json()["error"]["message"]
         else:
             found = answer.json()["data"][0]["embedding"]
@@ -213,7 +213,8 @@ def test_status(any_model, serve):
         client.headers["Authorization"] = "Bearer secret"
         info = client.get("/info").json()
         assert info["model_type"].endswith("encoder")
-        assert info["context_vectors"] == (0 if isinstance(any_model, CrossEncoder) else info["context_vectors"])
+        vectors = {PolyEncoder: 4, BiEncoder: 1, CrossEncoder: 0}  # the fixture's num_codes
+        assert info["context_vectors"] == vectors[type(any_model)]
         assert client.get("/v1/models").json()["data"][0]["id"] == "tiny"
         assert client.get("/openapi.json").json()["paths"]["/rerank"]["post"]["requestBody"]
         assert "poly_encoders_requests_total" in client.get("/metrics").text

@@ -225,11 +225,10 @@ def test_wrong_keys(poly_encoder, serve, header):
 def test_a_full_queue_in_each_form(poly_encoder, serve, monkeypatch):
     with serve(poly_encoder) as client:
         monkeypatch.setattr(client.app.state.service.batcher, "_max_waiting", 0)
-        for path in CONTEXTS:
+        for path in CONTEXTS.keys() - {"/search"}:  # there is no index
             answer = client.post(path, json=GOOD[path])
-            if path != "/search":
-                assert_refused(answer, path, [429])
-                assert int(answer.headers["Retry-After"]) >= 1
+            assert_refused(answer, path, [429])
+            assert int(answer.headers["Retry-After"]) >= 1
 
 
 def test_a_failure_of_the_model_says_nothing_of_itself(poly_encoder, serve, monkeypatch, caplog):

@@ -141,3 +141,14 @@ def test_stopping_ends_what_was_begun():
 
     work, _ = run(scenario)
     assert len(work.results) == 5
+
+
+def test_the_queue_is_told_when_it_changes():
+    told = []
+
+    async def scenario(batcher):
+        await asyncio.gather(*(batcher.run([Item("a", number, 2)]) for number in range(3)))
+
+    run(scenario, observe_queue=lambda requests, tokens: told.append((requests, tokens)))
+    assert told[:3] == [(1, 2), (2, 4), (3, 6)]
+    assert told[-1] == (0, 0)
