@@ -142,6 +142,16 @@ def test_a_cross_encoder_has_no_vectors(cross_encoder, serve):
     assert "/score" in answer.json()["error"]
 
 
+def test_contexts_of_one_text_keep_their_turns(poly_encoder, serve):
+    """A separator inside a turn makes the text that two turns make, and is no boundary."""
+    contexts, texts = [["a", "b"], [f"a{poly_encoder.turn_separator}b"]], ["tea", "tea"]
+    with serve(poly_encoder) as client:
+        data = client.post("/score", json={"queries": contexts, "documents": texts}).json()["data"]
+    expected = [poly_encoder.rank(context, ["tea"])[0]["score"] for context in contexts]
+    assert expected[0] != pytest.approx(expected[1], abs=1e-4)
+    assert [row["score"] for row in data] == pytest.approx(expected, abs=1e-5)
+
+
 def test_cut_texts_are_cut_and_said(any_model, serve):
     long = "tea " * 500
     with serve(any_model) as client:

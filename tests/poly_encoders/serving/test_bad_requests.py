@@ -204,6 +204,15 @@ def test_looks_at_nothing(client, query):
     assert_refused(client.get(f"/candidates?{query}"), "/candidates", [400])
 
 
+def test_a_filter_that_cannot_be_read_is_said_in_our_words(client):
+    for answer in (
+        client.get("/candidates?filter=no+such"),
+        client.post("/search", json={"context": "a", "filter": "no such"}),
+    ):
+        assert answer.json()["error"]["message"].startswith("The filter cannot be read")
+        assert ".rs" not in answer.text  # nor where in Lance's source
+
+
 @pytest.mark.parametrize(
     "body", [{}, {"ids": ["c0"], "filter": "year = 1"}, {"ids": "c0"}, {"filter": "year ="}, {"ids": [1.5]}]
 )

@@ -1,6 +1,7 @@
 """The command as it runs: keys, logs, workers, clients that go away, and an end that loses nothing."""
 
 import json
+import os
 import signal
 import socket
 import time
@@ -60,6 +61,20 @@ def test_several_workers(saved_poly_encoder):
         assert 'poly_encoders_requests_total{path="/rerank",status="200"} 40.0' in metrics
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(60) in (0, -signal.SIGTERM)
+
+
+def test_answers_do_not_wait_for_their_own_body(saved_poly_encoder, monkeypatch):
+    """The listening socket, whose options those of its connections inherit, sends at once."""
+    found = {}
+
+    def run(app, fd, **options):
+        with socket.socket(fileno=os.dup(fd)) as listening:
+            found["nodelay"] = listening.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+    monkeypatch.setattr("uvicorn.run", run)
+    result = CliRunner().invoke(app, ["serve", str(saved_poly_encoder), "--port", "0"])
+    assert result.exit_code == 0, result.output
+    assert found["nodelay"]
 
 
 @pytest.mark.parametrize(
