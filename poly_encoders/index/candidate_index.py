@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import threading
 from collections.abc import Sequence
 from datetime import timedelta
 from itertools import chain
@@ -47,6 +48,7 @@ class CandidateIndex:
         self._model = None if model is None else IndexModel(model)
         self._view: View | None = None
         self._mirrors: dict[Any, MilvusMirror] = {}
+        self._preparing = threading.Lock()  # of threads that search first, one makes what all of them read
         if self._model is not None:
             self._model.refuse_other(store.settings.probes, store.settings.dim, store.path)
 
@@ -349,17 +351,20 @@ class CandidateIndex:
         given: dict[str, Any] = {"scale": scale, "condition": filter}
         given["neighbours"] = checked_count(neighbours, "neighbours")
         if engine == "milvus" and not certify:
-            if milvus not in self._mirrors:
-                self._mirrors[milvus] = MilvusMirror(self.store, milvus)
-            mirror = self._mirrors[milvus]
-            mirror.renew(self.store, show_progress_bar)
+            with self._preparing:
+                if milvus not in self._mirrors:
+                    self._mirrors[milvus] = MilvusMirror(self.store, milvus)
+                mirror = self._mirrors[milvus]
+                mirror.renew(self.store, show_progress_bar)
             return mirror.search(self.store, _tensor(contexts), k, **given)
         approximate = engine == "ann" and not certify  # a graph proves nothing: a proof takes all of them
-        if self._view is None or (approximate and not self._view.has_graph):
-            self._view = View(self.store, approximate, show_progress_bar)
+        with self._preparing:
+            if self._view is None or (approximate and not self._view.has_graph):
+                self._view = View(self.store, approximate, show_progress_bar)
+            view = self._view
         with clear_filter_errors(self.store):
-            found = self._view.search(_tensor(contexts), k, approximate=approximate, **given)
-        return self._view.hits(found)
+            found = view.search(_tensor(contexts), k, approximate=approximate, **given)
+        return view.hits(found)
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: Any = None) -> str:
         """Upload it as a data set, with a card; derived files stay here. Returns the address."""

@@ -1,6 +1,8 @@
 """What every engine finds is what scoring everything finds, whatever was changed, filtered or asked."""
 
 import datetime
+import time
+from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import numpy as np
@@ -138,3 +140,21 @@ def test_metadata_of_any_kind_comes_back_as_it_was(tmp_path, engine):
         id_: {name: values[place] for name, values in metadata.items()} for place, id_ in enumerate([5, 7, -2, 2**60])
     }
     assert hits == index.search_vectors(context, scale=1.0, engine="exact")[0]
+
+
+def test_searches_at_once_make_files_once(poly_encoder, tmp_path, in_files, monkeypatch):
+    """Of many threads that search first, one makes the files and the others wait for them."""
+    CandidateIndex.build(poly_encoder, rows_of(60), tmp_path / "index", show_progress_bar=False)
+    made, derive = [], view.derive
+
+    def slow(*args, **options):
+        made.append(args)
+        time.sleep(0.2)
+        return derive(*args, **options)
+
+    monkeypatch.setattr(view, "derive", slow)
+    index = CandidateIndex.load(tmp_path / "index", poly_encoder)
+    with ThreadPoolExecutor(6) as pool:
+        answers = [*pool.map(lambda _: index.search(CONTEXTS, 3, engine="ann"), range(6))]
+    assert len(made) == 1
+    assert all(answer == answers[0] for answer in answers)
